@@ -1,0 +1,137 @@
+"""Linear layers of a frozen base, held in 4 or 8 bits, and dense access to any linear's weight.
+
+Shapes: O outputs, I inputs. NF4: Dettmers et al. 2023 (arXiv:2305.14314), blocks of 64, double quantization.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from bitsandbytes import functional as bnb
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class _HeldMatmul(torch.autograd.Function):
+    """``x W^T`` that keeps the layer, never the gathered weight.
+
+    A view of the weight on ``ctx`` would keep a ZeRO-3 gather alive after DeepSpeed frees it; the layer's parameter
+    is read again in backward, when DeepSpeed has gathered it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: "NF4Linear | Int8Linear") -> Tensor:
+        """Base output, without bias."""
+        ctx.layer = layer
+        return x @ layer.dequantize(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Gradient of the input; the weight has none."""
+        return grad @ ctx.layer.dequantize(grad.dtype), None
+
+
+class _HeldLinear(nn.Module):
+    """What the quantized linears share."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight_OI.shape
+        self.bias = None if bias_O is None else nn.Parameter(bias_O.to(dtype), requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Dense weight [O, I]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``: [..., I] to [..., O]."""
+        y: Tensor = _HeldMatmul.apply(x, self)  # type: ignore[no-untyped-call]
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class NF4Linear(_HeldLinear):
+    """A linear whose weight is 4-bit NormalFloat in uint8, double-quantized (0.516 byte per weight)."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight_OI, bias_O, dtype)
+        packed, self.state = bnb.quantize_4bit(
+            weight_OI.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True, quant_storage=torch.uint8
+        )
+        self.state.dtype = dtype
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Dense weight [O, I]."""
+        dense: Tensor = bnb.dequantize_4bit(self.weight.data.view(-1, 1), self.state)
+        return dense.to(dtype)
+
+    def state_bytes(self) -> int:
+        """Bytes of the quantization state, which every rank holds."""
+        inner = self.state.state2
+        held = (self.state.absmax, self.state.offset, inner.absmax)
+        return sum(t.numel() * t.element_size() for t in held)
+
+
+class Int8Linear(_HeldLinear):
+    """A linear whose weight is int8 with one scale per output row (1 byte per weight)."""
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__(weight_OI, bias_O, dtype)
+        scale_O1 = (weight_OI.float().abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+        self.weight = nn.Parameter((weight_OI.float() / scale_O1).round().to(torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(scale_O1, requires_grad=False)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Dense weight [O, I]."""
+        return (self.weight.data.float() * self.scale.data).to(dtype)
+
+    def state_bytes(self) -> int:
+        """Bytes of the scales."""
+        return self.out_features * 4
+
+
+Linear = (nn.Linear, Conv1D, NF4Linear, Int8Linear)
+HELD: dict[str, type[NF4Linear | Int8Linear]] = {"nf4": NF4Linear, "int8": Int8Linear}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(O, I) of any linear, whether or not its weight is here."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features  # type: ignore[return-value]
+
+
+def linear_sites(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of every linear under ``root``."""
+    for name, module in root.named_modules(prefix=prefix):
+        if isinstance(module, Linear):
+            yield name, module
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's own sharded parameters are whole on this rank. Every rank must enter."""
+    own: Any = module.parameters(recurse=False)
+    sharded = [p for p in own if hasattr(p, "ds_id") and p.ds_status.name != "AVAILABLE"]
+    if sharded:
+        sharded[0].all_gather(sharded)
+    try:
+        yield
+    finally:
+        if sharded:
+            sharded[0].partition(sharded)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """fp32 weight [O, I] of any linear: dense, quantized, transposed (GPT-2) or sharded; a copy."""
+    with gathered(module):
+        if isinstance(module, _HeldLinear):
+            return module.dequantize(torch.float32).clone()
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.data.float()
+        return (weight.T if isinstance(module, Conv1D) else weight).contiguous().clone()

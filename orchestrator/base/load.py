@@ -1,0 +1,298 @@
+"""Load a base shard by shard: read one layer, quantize it, hand it to the sharder, go on.
+
+Peak memory is this rank's shard and one layer.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from orchestrator.base.files import WeightReader, base_dir, load_tokenizer
+from orchestrator.base.identity import source_identity
+from orchestrator.base.linear import HELD, Int8Linear, NF4Linear
+from orchestrator.base.model import decoder_layers
+from orchestrator.base.names import Origin, origins
+from orchestrator.config import Base, Identity
+from orchestrator.errors import BaseModelError, OutOfMemoryError
+
+Sharder = Callable[[nn.Module], None]
+"""Takes a freshly loaded module and leaves this rank's share of its parameters."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What the load did, on this rank."""
+
+    parameters: int
+    """Parameters of the base."""
+    quantized_fraction: float
+    """Share of the transformer layers' parameters held in 4 or 8 bits."""
+    bytes_total: int
+    """Bytes of the whole base as it is held."""
+    bytes_here: int
+    """Bytes of parameters that this rank holds."""
+    state_bytes: int
+    """Bytes of quantization state, on every rank."""
+    peak_rss: int
+    """Highest resident memory of the process so far, bytes."""
+    seconds: float
+    """Duration."""
+
+    def as_dict(self) -> dict[str, float]:
+        """Plain values, for tracking."""
+        return asdict(self)
+
+
+@dataclass
+class FrozenBase:
+    """A loaded base."""
+
+    model: Any
+    """transformers model, evaluation mode, nothing trainable."""
+    tokenizer: Any
+    """Its tokenizer."""
+    identity: Identity
+    """Who it is."""
+    report: LoadReport
+    """What the load did."""
+
+
+def compute_dtype(base: Base, device: str | torch.device) -> torch.dtype:
+    """bf16 on a GPU, fp32 on a CPU, unless the config says otherwise."""
+    if base.precision == "auto":
+        return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if base.precision == "bf16" else torch.float32
+
+
+def load_base(
+    base: Base,
+    *,
+    device: str | torch.device = "cpu",
+    sharder: Sharder | None = None,
+    identity: Identity | None = None,
+) -> FrozenBase:
+    """Load, quantize and freeze a base.
+
+    Args:
+        base: which, and how it is held.
+        device: where the weights go.
+        sharder: called with each layer as soon as it is loaded, last with the whole model.
+        identity: where already known (hashing reads all weights once).
+
+    Raises:
+        BaseModelError: not there, broken, or it cannot be held as asked.
+        OutOfMemoryError: it does not fit.
+    """
+    begin = time.monotonic()
+    folder = base_dir(base)
+    dtype = compute_dtype(base, device)
+    try:
+        model = empty_model(base, dtype)
+        count = sum(p.numel() for p in model.parameters())
+        source = _Random(base.random_init, torch.device(device)) if base.random_init is not None else None
+        _fill(model, base, source or WeightReader(folder), torch.device(device), dtype, sharder)
+    except (torch.OutOfMemoryError, MemoryError) as e:
+        raise OutOfMemoryError(
+            f"base {base.id} does not fit on {device}: {str(e).splitlines()[0] if str(e) else 'out of memory'}. "
+            "Hold it in fewer bits (base.quantize=nf4) or shard it over more workers (shard=3)"
+        ) from e
+    model.requires_grad_(False).eval()
+    model.config.use_cache = False
+    _fuse_kernels(model, base, torch.device(device))
+    return FrozenBase(
+        model=model,
+        tokenizer=load_tokenizer(base),
+        identity=identity or source_identity(base, dtype=dtype),
+        report=_report(model, base, count, time.monotonic() - begin),
+    )
+
+
+def empty_model(base: Base, dtype: torch.dtype) -> Any:
+    """The model on the meta device: its structure and no memory."""
+    folder = base_dir(base)
+    attention = None if base.attention == "auto" else base.attention
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
+        if getattr(config, "quantization_config", None) is not None:
+            raise BaseModelError(
+                f"base {base.id} is already quantized ({config.quantization_config.get('quant_method', 'unknown')}); "
+                "name the original weights and let base.quantize hold them in fewer bits"
+            )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=base.trust_remote_code
+            )
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        if isinstance(e, BaseModelError):
+            raise
+        raise BaseModelError(f"base {base.id}: not a causal language model that transformers loads: {e}") from e
+    return model
+
+
+class _Random:
+    """Random weights for benchmarks: N(0, 0.02), ones for scales, zeros for biases; made on the device."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.device = device
+
+    def make(self, name: str, like: Tensor) -> Tensor:
+        if like.dim() > 1:
+            made = torch.empty(like.shape, dtype=torch.bfloat16, device=self.device)
+            return made.normal_(0, 0.02, generator=self.generator)
+        fill = torch.zeros if name.endswith("bias") else torch.ones
+        return fill(like.shape, device=self.device)
+
+
+def _fill(
+    model: Any,
+    base: Base,
+    source: "WeightReader | _Random",
+    device: torch.device,
+    dtype: torch.dtype,
+    sharder: Sharder | None,
+) -> None:
+    """Every parameter and buffer of ``model``, layer by layer, then the rest."""
+    prefix, layers = decoder_layers(model)
+    tied = set(model.all_tied_weights_keys)
+    entries = {n: t for n, t in model.state_dict(keep_vars=True).items() if n not in tied}
+    where = origins(model, list(source.names())) if isinstance(source, WeightReader) else {}
+    made: dict[str, Tensor] = {}
+
+    def tensor(name: str) -> Tensor:
+        if isinstance(source, _Random):
+            return source.make(name, entries[name])
+        if name not in made:
+            for target in _producers(where, name, base):
+                made.update(where[target].tensors(target, source.read, model))
+        return made.pop(name)
+
+    if isinstance(source, WeightReader):
+        _complete(model, entries, where, base)
+    _buffers(model, device)
+    for index, layer in enumerate(layers):
+        _fill_module(layer, f"{prefix}.{index}.", tensor, HELD.get(base.quantize), device, dtype)
+        made.clear()
+        if sharder:
+            sharder(layer)
+    _fill_module(model, "", tensor, None, device, dtype, skip=tied)
+    model.tie_weights()
+    if sharder:
+        sharder(model)
+
+
+def _producers(where: dict[str, Origin], name: str, base: Base) -> list[str]:
+    if name in where:
+        return [name]
+    # A converter may make several entries from one source; transformers files it under the first of them.
+    stem = name.rsplit(".", 2)[0]
+    if near := [t for t, o in where.items() if o.converter is not None and t.startswith(stem)]:
+        return near
+    raise BaseModelError(f"base {base.id}: the weight files have no {name}")
+
+
+def _complete(model: Any, entries: dict[str, Tensor], where: dict[str, Origin], base: Base) -> None:
+    converted = [t.rsplit(".", 2)[0] for t, o in where.items() if o.converter is not None]
+    absent = [n for n in entries if n not in where and not any(n.startswith(stem) for stem in converted)]
+    if absent:
+        raise BaseModelError(
+            f"base {base.id}: the weight files lack {len(absent)} of {len(entries)} tensors, such as {absent[0]}; "
+            f"are they for {type(model).__name__}?"
+        )
+
+
+def _fill_module(
+    root: nn.Module,
+    prefix: str,
+    tensor: Callable[[str], Tensor],
+    held: type[NF4Linear | Int8Linear] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    skip: set[str] | None = None,
+) -> None:
+    """Give each module under ``root`` that is still on the meta device its weights; quantize its linears."""
+    for name, module in list(root.named_modules()):
+        full = f"{prefix}{name}." if name else prefix
+        if held and isinstance(module, nn.Linear | Conv1D) and name:
+            weight = tensor(full + "weight").to(device)
+            bias = tensor(full + "bias").to(device) if module.bias is not None else None
+            parent, _, child = name.rpartition(".")
+            weight = weight.T if isinstance(module, Conv1D) else weight
+            setattr(root.get_submodule(parent), child, held(weight, bias, dtype))
+            continue
+        for own, parameter in list(module._parameters.items()):
+            if parameter is not None and parameter.is_meta and full + own not in (skip or ()):
+                value = tensor(full + own)
+                if value.shape != parameter.shape:
+                    raise BaseModelError(f"{full}{own} has shape {list(value.shape)}, not {list(parameter.shape)}")
+                setattr(module, own, nn.Parameter(_own(value, device, dtype), requires_grad=False))
+        for own, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta and own not in module._non_persistent_buffers_set:
+                module._buffers[own] = _own(tensor(full + own), device, buffer.dtype)
+
+
+def _own(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device, in the dtype, in memory of its own (a read tensor may be a mapping of its file)."""
+    moved = value.to(device, dtype)
+    return moved.clone() if moved.data_ptr() == value.data_ptr() else moved
+
+
+def _buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no checkpoint holds (rotary frequencies): the model's own initialiser computes them."""
+    for module in model.modules():
+        if own := [n for n in module._non_persistent_buffers_set if module._buffers.get(n) is not None]:
+            for name in own:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+            model._init_weights(module)
+
+
+def _fuse_kernels(model: Any, base: Base, device: torch.device) -> None:
+    if base.kernels == "none" or (base.kernels == "auto" and device.type != "cuda"):
+        return
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as e:
+        if base.kernels == "liger":
+            raise BaseModelError("base.kernels=liger needs the package liger-kernel (extra `gpu`)") from e
+        return
+    _apply_liger_kernel_to_instance(model=model)
+
+
+def _report(model: Any, base: Base, count: int, seconds: float) -> LoadReport:
+    _, layers = decoder_layers(model)
+    held = [m for m in layers.modules() if isinstance(m, NF4Linear | Int8Linear)]
+    inside = sum(m.in_features * m.out_features for m in held)
+    rest = sum(_elements(p) for p in layers.parameters()) - sum(_elements(m.weight) for m in held)
+    fraction = inside / (inside + rest) if held else 0.0
+    if base.quantize != "none" and fraction < 0.9:
+        raise BaseModelError(
+            f"base {base.id}: only {fraction:.0%} of its layers' weights could be held in {base.quantize}; the rest "
+            "are fused expert tensors of a mixture-of-experts model, which stay 16-bit. Use base.quantize=none"
+        )
+    return LoadReport(
+        parameters=count,
+        quantized_fraction=fraction,
+        bytes_total=sum(_elements(p) * p.element_size() for p in model.parameters()),
+        bytes_here=sum(_here(p) for p in model.parameters()),
+        state_bytes=sum(m.state_bytes() for m in held),
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+        seconds=seconds,
+    )
+
+
+def _elements(parameter: Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def _here(parameter: Tensor) -> int:
+    shard = getattr(parameter, "ds_tensor", None)
+    whole = parameter.numel() * parameter.element_size()
+    return whole if shard is None else whole + shard.numel() * shard.element_size()
