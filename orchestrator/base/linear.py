@@ -35,8 +35,9 @@ class _HeldMatmul(torch.autograd.Function):
 class _HeldLinear(nn.Module):
     """What the quantized linears share."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> None:
         super().__init__()
+        self.transposed = transposed
         self.out_features, self.in_features = weight_OI.shape
         self.bias = None if bias_O is None else nn.Parameter(bias_O.to(dtype), requires_grad=False)
 
@@ -57,8 +58,8 @@ class _HeldLinear(nn.Module):
 class NF4Linear(_HeldLinear):
     """A linear whose weight is 4-bit NormalFloat in uint8, double-quantized (0.516 byte per weight)."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(weight_OI, bias_O, dtype)
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__(weight_OI, bias_O, dtype, transposed)
         packed, self.state = bnb.quantize_4bit(
             weight_OI.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True, quant_storage=torch.uint8
         )
@@ -80,8 +81,8 @@ class NF4Linear(_HeldLinear):
 class Int8Linear(_HeldLinear):
     """A linear whose weight is int8 with one scale per output row (1 byte per weight)."""
 
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__(weight_OI, bias_O, dtype)
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> None:
+        super().__init__(weight_OI, bias_O, dtype, transposed)
         scale_O1 = (weight_OI.float().abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         self.weight = nn.Parameter((weight_OI.float() / scale_O1).round().to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale_O1, requires_grad=False)
@@ -104,6 +105,11 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return module.out_features, module.in_features  # type: ignore[return-value]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the model stores this linear's weight as [I, O] (GPT-2)."""
+    return isinstance(module, Conv1D) or getattr(module, "transposed", False)
 
 
 def linear_sites(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

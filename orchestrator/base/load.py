@@ -226,7 +226,7 @@ def _fill_module(
             bias = tensor(full + "bias").to(device) if module.bias is not None else None
             parent, _, child = name.rpartition(".")
             weight = weight.T if isinstance(module, Conv1D) else weight
-            setattr(root.get_submodule(parent), child, held(weight, bias, dtype))
+            setattr(root.get_submodule(parent), child, held(weight, bias, dtype, isinstance(module, Conv1D)))
             continue
         for own, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta and full + own not in (skip or ()):

@@ -1,0 +1,100 @@
+"""Which token belongs to which slot, and how to see the tokens slot by slot without a loop.
+
+Shapes: B rows, T tokens, N = B T tokens, G slots with tokens, M tokens of the largest of them, F features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tokens of some slots, one slot after another."""
+
+    slots: tuple[int, ...]
+    """The slots that have tokens, in the order asked for."""
+    index_K: Tensor | None
+    """K = G M token numbers; None where the tokens already lie so."""
+    back_N: Tensor | None
+    """For each token its place in K; None where they already lie so."""
+    owned_N1: Tensor | None
+    """Which tokens belong to any of the slots; None for all."""
+
+    def pick(self, x: Tensor) -> Tensor:
+        """[..., F] to [G, M, F]. A short group is filled up with tokens of its own slot."""
+        x_NF = x.reshape(-1, x.shape[-1])
+        if self.index_K is not None:
+            x_NF = x_NF.index_select(0, self.index_K)
+        return x_NF.view(len(self.slots), -1, x.shape[-1])
+
+    def put(self, y_GMF: Tensor, like: Tensor) -> Tensor:
+        """[G, M, F] to the shape of ``like``; zero for the tokens of no slot here."""
+        y_NF = y_GMF.reshape(-1, y_GMF.shape[-1])
+        if self.back_N is not None:
+            y_NF = y_NF.index_select(0, self.back_N)
+        if self.owned_N1 is not None:
+            y_NF = torch.where(self.owned_N1, y_NF, 0)  # not a product: 0 * NaN is NaN
+        return y_NF.view(like.shape)
+
+
+@dataclass
+class Route:
+    """One forward pass's tokens."""
+
+    slot_BT: Tensor
+    """Slot of each token; slots may be any integers, -1 is the bare base."""
+    position_BT: Tensor | None = None
+    """Position in the sequence."""
+    sample_BT: Tensor | None = None
+    """Sample number."""
+    steps: Mapping[int, int] = field(default_factory=dict)
+    """Each slot's step count, for dropout."""
+    training: bool = False
+    """Whether dropout is on."""
+    device: torch.device | str = "cpu"
+    """Where the activations are."""
+    _groups: dict[tuple[int, ...], Group | None] = field(default_factory=dict)
+    _tokens: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        slots_N = self.slot_BT.reshape(-1).cpu()
+        self._tokens = {int(s): (slots_N == s).nonzero().squeeze(1) for s in set(slots_N.tolist())}
+        self._count = slots_N.numel()
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, T]."""
+        return self.slot_BT.shape
+
+    def group(self, slots: Sequence[int]) -> Group | None:
+        """The tokens of ``slots``; None where they have none."""
+        key = tuple(slots)
+        if key not in self._groups:
+            self._groups[key] = self._make(key)
+        return self._groups[key]
+
+    def _make(self, slots: tuple[int, ...]) -> Group | None:
+        active = tuple(s for s in slots if s in self._tokens)
+        if not active:
+            return None
+        most = max(len(self._tokens[s]) for s in active)
+        index_GM = torch.empty(len(active), most, dtype=torch.long)
+        back_N = torch.zeros(self._count, dtype=torch.long)
+        owned_N = torch.zeros(self._count, dtype=torch.bool)
+        for row, slot in enumerate(active):
+            tokens = self._tokens[slot]
+            index_GM[row] = tokens[-1]
+            index_GM[row, : len(tokens)] = tokens
+            back_N[tokens] = row * most + torch.arange(len(tokens))
+            owned_N[tokens] = True
+        index_K = index_GM.reshape(-1)
+        in_order = index_K.numel() == self._count and bool((index_K == torch.arange(self._count)).all())
+        return Group(
+            slots=active,
+            index_K=None if in_order else index_K.to(self.device),
+            back_N=None if in_order else back_N.to(self.device),
+            owned_N1=None if owned_N.all() else owned_N.unsqueeze(1).to(self.device),
+        )

@@ -1,0 +1,49 @@
+"""From targets in a config to module names."""
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+
+from orchestrator.errors import MethodError
+
+ALL_LINEAR = "all-linear"
+
+
+def match(targets: Sequence[str], sites: Iterable[str]) -> list[str]:
+    """The sites that any target names, in the model's order.
+
+    A target is ``all-linear``, the end of a dotted name (``q_proj``, ``self_attn.q_proj``) or a regular expression
+    that matches a whole name.
+
+    Raises:
+        MethodError: a target matches nothing; names the nearest.
+    """
+    known = list(sites)
+    found: set[str] = set()
+    wrong = []
+    for target in targets:
+        hits = known if target == ALL_LINEAR else [s for s in known if s == target or s.endswith(f".{target}")]
+        if not hits:
+            hits = [s for s in known if _full(target, s)]
+        found.update(hits)
+        if not hits:
+            wrong.append(_unmatched(target, known))
+    if wrong:
+        raise MethodError("; ".join(wrong))
+    return [s for s in known if s in found]
+
+
+def _full(target: str, site: str) -> bool:
+    try:
+        return re.fullmatch(target, site) is not None
+    except re.error as e:
+        raise MethodError(f"target {target!r} is neither a layer name nor a regular expression ({e})") from e
+
+
+def _unmatched(target: str, known: Sequence[str]) -> str:
+    short = sorted({s.rsplit(".", 1)[-1] for s in known})
+    near = difflib.get_close_matches(target.rsplit(".", 1)[-1], short, n=1, cutoff=0.0)
+    return (
+        f"method.targets: {target!r} matches no linear layer of this base; "
+        f"nearest is {near[0]!r}, all are {', '.join(short)} or {ALL_LINEAR}"
+    )
