@@ -1,0 +1,17 @@
+"""Runs, versions, aliases and lineage on MLflow: the only place that knows it."""
+
+from orchestrator.registry.catalogue import Registry
+from orchestrator.registry.names import CHAMPION, check_alias, check_name, parse_ref
+from orchestrator.registry.tracked import TrackedRun
+from orchestrator.registry.versions import Listing, Version
+
+__all__ = [
+    "CHAMPION",
+    "Listing",
+    "Registry",
+    "TrackedRun",
+    "Version",
+    "check_alias",
+    "check_name",
+    "parse_ref",
+]
