@@ -1,0 +1,107 @@
+"""Samples to rows, and rows to the micro-batches of one rank.
+
+Rows are packed before they are dealt, so what is in a row does not depend on the number of ranks. Segments of a row
+do not see each other: positions restart, and attention, given positions and no mask, is cut where they do.
+Shapes: B rows, T tokens.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from orchestrator.data.batch import IGNORE, Batch, Sample
+from orchestrator.errors import DataError
+
+_MULTIPLE = 8  # widths that kernels like
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Samples that stand one after the other, all of one slot."""
+
+    slot: int
+    """Slot that the row's tokens belong to."""
+    samples: list[Sample]
+    """Its segments in order."""
+
+    @property
+    def size(self) -> int:
+        """Tokens."""
+        return sum(len(s.tokens) for s in self.samples)
+
+
+def pack(samples: Mapping[int, Sequence[Sample]], *, length: int, packing: bool) -> list[Row]:
+    """Rows of at most ``length`` tokens that hold every sample once: best fit, longest first; one each without packing.
+
+    The same samples in the same order give the same rows. Raises ``DataError`` for a sample longer than ``length``.
+    """
+    rows: list[Row] = []
+    for slot, mine in samples.items():
+        if too_long := [s for s in mine if len(s.tokens) > length]:
+            raise DataError(f"sample {too_long[0].key} has {len(too_long[0].tokens)} tokens, a row holds {length}")
+        if not packing:
+            rows += [Row(slot, [s]) for s in mine]
+            continue
+        room: list[tuple[int, int]] = []  # free tokens of the slot's rows and the row's index, ascending
+        for sample in sorted(mine, key=lambda s: -len(s.tokens)):
+            at = bisect_left(room, (len(sample.tokens), -1))
+            if at < len(room):
+                free, index = room.pop(at)
+                rows[index].samples.append(sample)
+            else:
+                free, index = length, len(rows)
+                rows.append(Row(slot, [sample]))
+            insort(room, (free - len(sample.tokens), index))
+    return rows
+
+
+def deal(rows: Sequence[Row], *, rank: int, ranks: int, rows_per_pass: int, pad_id: int) -> list[Batch]:
+    """The micro-batches of one rank: together the ranks hold every row once, each has as many micro-batches.
+
+    Rows of like size meet in one pass, over all ranks, so that little is padding and no rank waits long for another.
+    A rank without a row of its own in a pass gets one of padding alone, which has no targets.
+    """
+    order = sorted(rows, key=lambda r: -r.size)
+    passes = -(-len(order) // (ranks * rows_per_pass))
+    batches = []
+    for p in range(passes):
+        group = order[len(order) * p // passes : len(order) * (p + 1) // passes]
+        mine = []
+        for turn, start in enumerate(range(0, len(group), ranks)):
+            # There and back again, so that the largest rows do not all go to the first rank.
+            place = start + (rank if turn % 2 == 0 else ranks - 1 - rank)
+            mine += group[place : place + 1]
+        batches.append(collate(mine or [Row(group[0].slot, [])], pad_id=pad_id))
+    return batches
+
+
+def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
+    """One micro-batch [B, T] of rows; T is the longest row, rounded up to a multiple of 8.
+
+    Padding is a segment of its own, with the row's slot, and no targets.
+    """
+    width = max(-(-max(r.size for r in rows) // _MULTIPLE), 1) * _MULTIPLE
+    columns: tuple[list[list[int]], ...] = ([], [], [], [], [], [])  # as the fields of Batch
+    for row in rows:
+        segments = [(s.tokens, _labels(s), s.key) for s in row.samples]
+        if pad := width - row.size:
+            segments.append(([pad_id] * pad, [IGNORE] * pad, -1))
+        line = (
+            [t for tokens, _, _ in segments for t in tokens],
+            [t for _, labels, _ in segments for t in labels],
+            [row.slot] * width,
+            [i for i, (tokens, _, _) in enumerate(segments) for _ in tokens],
+            [i for tokens, _, _ in segments for i in range(len(tokens))],
+            [key for tokens, _, key in segments for _ in tokens],
+        )
+        for column, values in zip(columns, line, strict=True):
+            column.append(values)
+    return Batch(*(torch.tensor(c, dtype=torch.long) for c in columns))
+
+
+def _labels(sample: Sample) -> list[int]:
+    """Per token the next one, where that is a target."""
+    following = zip(sample.tokens[1:], sample.trained[1:], strict=True)
+    return [*(t if trained else IGNORE for t, trained in following), IGNORE][: len(sample.tokens)]
