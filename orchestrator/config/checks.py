@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -65,18 +66,32 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.endswith(DATA_SUFFIXES) or "*" in name or name.count("/") > 1
 
 
+def _what(path: str) -> Literal["file", "folder", "nothing"]:
+    try:
+        here = Path(path).expanduser()
+        return "folder" if here.is_dir() else "file" if here.exists() else "nothing"
+    except (OSError, RuntimeError):
+        return "nothing"  # a name that no file here can have, a home that is nobody's, a folder that is closed to us
+
+
 def _exists(path: str) -> bool:
-    # Path.glob takes relative patterns only; a glob from / or ~ is split at its first wild card.
     if "*" not in path:
-        return Path(path).expanduser().exists()
-    parts = Path(path).expanduser().parts
-    wild = next(i for i, part in enumerate(parts) if "*" in part)
-    return any(Path(*parts[:wild]).glob(str(Path(*parts[wild:]))))
+        return _what(path) != "nothing"
+    try:
+        # Path.glob takes relative patterns only; a glob is split at its first wild card.
+        parts = Path(path).expanduser().parts
+        wild = next(i for i, part in enumerate(parts) if "*" in part)
+        return any(Path(*parts[:wild]).glob(str(Path(*parts[wild:]))))
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _missing(path: str) -> str:
-    folder = Path(path).expanduser().parent
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    try:
+        folder = Path(path).expanduser().parent
+        names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    except (OSError, RuntimeError):
+        return f"{path} does not exist or cannot be read"
     close = get_close_matches(Path(path).name, names, n=1)
     hint = f"; did you mean {folder / close[0]}?" if close else "" if folder.is_dir() else f"; nor does {folder}"
     return f"{path} does not exist{hint}"
@@ -94,15 +109,15 @@ def _finite(value: object, key: str = "") -> Iterator[Problem]:
 
 
 def _base(base: Base) -> Iterator[Problem]:
-    here = Path(base.id).expanduser()
-    if here.is_file():
+    what = _what(base.id)
+    if what == "file":
         yield "base.id", f"{base.id} is a file; a model directory or hub name is needed"
-    elif here.is_dir() and base.id != "demo":
-        if not (here / "config.json").is_file():
+    elif what == "folder" and base.id != "demo":
+        if _what(f"{base.id}/config.json") != "file":
             yield "base.id", f"{base.id} holds no config.json, so it is no model directory"
     elif is_local(base.id):
         yield "base.id", _missing(base.id)
-    if base.revision and (base.id == "demo" or here.is_dir()):
+    if base.revision and (base.id == "demo" or what == "folder"):
         yield "base.revision", f"{base.id} is local and has no revisions; leave base.revision out"
     if base.attention == "flash_attention_2" and base.precision == "fp32":
         yield "base.attention", "flash_attention_2 computes in bf16 only; take sdpa, or base.precision: bf16"
@@ -130,11 +145,11 @@ def _train(data: Data, train: Train) -> Iterator[Problem]:
     if train.early_stopping and not (data.eval or data.eval_fraction):
         yield "train.early_stopping", "needs held-out records: give data.eval or data.eval_fraction"
     if (origin := train.init_from) is not None:
-        here = Path(origin).expanduser()
-        if here.is_dir():
-            if not (here / "adapter_config.json").is_file():
+        what = _what(origin)
+        if what == "folder":
+            if _what(f"{origin}/adapter_config.json") != "file":
                 yield "train.init_from", f"{origin} holds no adapter_config.json, so it is no delta"
-        elif here.is_file():
+        elif what == "file":
             yield "train.init_from", f"{origin} is a file; the delta's directory is needed"
         elif "/" in origin or is_local(origin):
             yield "train.init_from", _missing(origin)
@@ -158,7 +173,7 @@ def _cluster(base: Base, cluster: Cluster) -> Iterator[Problem]:
             yield where, f"has a knob of its own: {_OWN_KNOBS[name]}"
         elif base.quantize != "none" and name in _REFUSED_WITH_QUANTIZED and value not in (False, None):
             yield where, f"{_REFUSED_WITH_QUANTIZED[name]}; take it out, or base.quantize: none"
-    if cluster.storage and "://" not in cluster.storage and Path(cluster.storage).expanduser().is_file():
+    if cluster.storage and "://" not in cluster.storage and _what(cluster.storage) == "file":
         yield "cluster.storage", f"{cluster.storage} is a file; a folder is needed"
     if base.attention == "flash_attention_2" and cluster.gpus_per_worker == 0:
         yield "base.attention", "flash_attention_2 needs a GPU; take sdpa"
@@ -187,9 +202,8 @@ def _deltas(serving: Serving) -> Iterator[Problem]:
     seen: dict[str, int] = {}
     for i, delta in enumerate(serving.deltas):
         where = f"deltas.{i}"
-        here = Path(delta).expanduser()
-        if here.is_dir():
-            if not (here / "adapter_config.json").is_file():
+        if _what(delta) == "folder":
+            if _what(f"{delta}/adapter_config.json") != "file":
                 yield where, f"{delta} holds no adapter_config.json, so it is no delta"
         elif "/" in delta or is_local(delta):
             yield where, _missing(delta)
