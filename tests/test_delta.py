@@ -312,6 +312,13 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
     assert (tmp_path / "d").read_text() == "mine"
 
 
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(DeltaError, match="left alone"):
+        save_delta(tmp_path, lora_tensors(tiny()), None, peft_config())
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
 def test_tensor_files_round_trip_and_are_replaced_whole(tmp_path: Path) -> None:
     tensors = {"step": torch.tensor(7), "m.x": torch.randn(3, 5, dtype=torch.bfloat16)}
     digest = write_tensors(tmp_path / "t.safetensors", tensors)

@@ -67,6 +67,8 @@ def save_delta(
         DeltaError: nothing to save, a bad name or shape, a full disk, or a folder that cannot be written.
     """
     directory = Path(directory).absolute()
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / CONFIG).exists():
+        raise DeltaError(f"{directory} holds something that is no delta, and is left alone; name another folder")
     config = dict(peft_config)
     _check_config(config, directory / CONFIG)
     _check_tensors(tensors, config, directory / WEIGHTS)
