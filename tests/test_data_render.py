@@ -127,6 +127,36 @@ def test_a_prompt_that_opens_the_reasoning():
     assert targets(render(record, tokenizer, data()), tokenizer) == ["four<|im_end|>", "hm\n</think>\n\nnine<|im_end|>"]
 
 
+def test_a_template_that_moves_the_system_message_to_the_last_question():
+    """Without a header before the turns, as some templates with ``[INST]`` have none."""
+    template = (
+        "{% set q = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '[INST] ' + ('be brief\n' if m == q[-1] else '') + m.content + '[/INST]' }}"
+        "{% elif m.tool_calls %}{{ '[CALL]' + (m.tool_calls[0].function.arguments | tojson) + eos_token }}"
+        "{% elif m.role == 'tool' %}{{ '[TOOL]' + m.content + '[/TOOL]' }}"
+        "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = make_tokenizer(template)
+    record = chat("two?", "yes", "five?", "yes", "six?", "no")
+    end = "<|endoftext|>"
+    assert targets(render(record, tokenizer, data()), tokenizer) == [f" yes{end}", f" yes{end}", f" no{end}"]
+    assert targets(render(record, tokenizer, data(loss_on="last")), tokenizer) == [f" no{end}"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    tools = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "4"}]
+    record["messages"][1:1] = tools
+    assert targets(render(record, tokenizer, data()), tokenizer)[:2] == [f'[CALL]{{"a": 1}}{end}', f" yes{end}"]
+
+
+def test_a_template_that_takes_arguments_as_text_only():
+    template = CHATML.replace(
+        "+ m['content'] +", "+ m['content'] + (m.tool_calls[0].function.arguments + '' if m.tool_calls else '') +"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    tokenizer = make_tokenizer(template)
+    record = chat("two?", "", tool_calls=[call])
+    assert targets(render(record, tokenizer, data()), tokenizer) == ['{"a": 1}<|im_end|>']
+
+
 def test_a_template_without_end_marker_gets_an_end_of_sequence():
     tokenizer = make_tokenizer(NAIVE)
     sample = render(chat("hi", "ok"), tokenizer, data())

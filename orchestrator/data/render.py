@@ -7,6 +7,7 @@ tokenizer's end-of-sequence token closes the sample and is a target.
 Prompt and completion are tokenized apart, as at inference, so that no token spans the two.
 """
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,7 +66,12 @@ class Renderer:
             return self._encode([(example.text, True)], bos=True, eos=True)
         assert example.messages is not None
         if example.prompt is None or (data.chat != "never" and self.template is not None):
-            return self._chat(example.messages, example)
+            try:
+                return self._chat(example.messages, example)
+            except DataError:
+                if (messages := _text_arguments(example.messages)) == example.messages:
+                    raise
+            return self._chat(messages, example)  # some templates take the arguments of calls as text only
         assert example.completion is not None
         pieces = [(example.prompt, data.loss_on == "all"), (example.completion, True)]
         return self._encode(pieces, bos=True, eos=True)
@@ -123,3 +129,15 @@ class Renderer:
                 piece_index += 1
             result.append(([token], ends[piece_index][1]))
         return result
+
+
+def _text_arguments(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The conversation with the arguments of its tool calls as JSON text."""
+    changed = []
+    for message in messages:
+        calls = [
+            {**c, "function": {**c["function"], "arguments": json.dumps(c["function"].get("arguments", {}))}}
+            for c in message.get("tool_calls", ())
+        ]
+        changed.append({**message, "tool_calls": calls} if calls else message)
+    return changed

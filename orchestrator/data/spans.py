@@ -3,8 +3,9 @@
 A turn is what the model has to say after the generation prompt, through its end-of-turn marker. In order of preference:
 
 1. the template's own ``{% generation %}`` marks;
-2. prefixes: the conversation up to the turn, rendered with the generation prompt, and through the turn. Exact, but only
-   where both are prefixes of the whole (a template that drops the reasoning of earlier turns is not such a one);
+2. prefixes: the conversation up to the turn, rendered with the generation prompt, and through the turn; what the second
+   has more than the first is the turn, wherever the whole has the same text at that place (a template that drops the
+   reasoning of earlier turns has not);
 3. differences: the whole is rendered again with the turn replaced by a word that occurs nowhere. The two texts
    part where the turn stands; the template's header before it and its marker after it bound the turn.
 
@@ -35,6 +36,8 @@ class _Frame:
     """The generation prompt."""
     common: str
     """Its part that also stands before the turns of a finished conversation."""
+    lead: str
+    """What stands between that part and the text of a turn."""
     marker: str
     """What ends a turn: the text after it, through its last special token; empty where there is none."""
 
@@ -62,9 +65,9 @@ class ChatTemplate:
                 return whole, [s for i, s in zip(turns, spans, strict=True) if i in wanted]
         else:
             whole, spans = self.text(messages, tools), None
-        located = self._by_prefix(whole, messages, tools, wanted)
-        if located is None:
-            located = [self._by_difference(whole, messages, tools, i) for i in wanted]
+        located = [
+            self._by_prefix(whole, messages, tools, i) or self._by_difference(whole, messages, tools, i) for i in wanted
+        ]
         if any(a[1] > b[0] for a, b in pairwise(located)):
             raise DataError("the chat template mixes the assistant's turns, so they cannot be told apart")
         if spans is not None:  # the template's marks say what is learnt within the wanted turns
@@ -100,7 +103,8 @@ class ChatTemplate:
             common = _shared(header[len(before) :], answered[len(before) : at])
             tail = answered[at + len(_WORD) :]
             ends = [m.end() for m in self._special.finditer(tail)]
-            self._frame = _Frame(header[len(before) :], common, tail[: ends[-1]] if ends else "")
+            lead = answered[len(before) + len(common) : at]
+            self._frame = _Frame(header[len(before) :], common, lead, tail[: ends[-1]] if ends else "")
         return self._frame
 
     def _marks(self, messages: list[Message], tools: list[Message] | None) -> tuple[str, list[Span]] | None:
@@ -139,20 +143,26 @@ class ChatTemplate:
         marker = self.frame().marker
         return start, end + len(marker) if marker and whole.startswith(marker, end) else end
 
-    def _by_prefix(
-        self, whole: str, messages: list[Message], tools: list[Message] | None, wanted: list[int]
-    ) -> list[Span] | None:
+    def _by_prefix(self, whole: str, messages: list[Message], tools: list[Message] | None, index: int) -> Span | None:
         """See the module's second way; None where it does not hold."""
-        spans = []
-        for i in wanted:
-            try:
-                before, through = self.text(messages[:i], tools, ask=True), self.text(messages[: i + 1], tools)
-            except DataError:
-                return None  # a template may refuse a part of a conversation whose whole it renders
-            if not (whole.startswith(through) and through.startswith(before)):
-                return None
-            spans.append(self._close(whole, (len(before), len(through))))
-        return spans
+        try:
+            before, through = self.text(messages[:index], tools, ask=True), self.text(messages[: index + 1], tools)
+        except DataError:
+            return None  # a template may refuse a part of a conversation whose whole it renders
+        if not through.startswith(before):
+            return None
+        if whole.startswith(through):
+            return self._close(whole, (len(before), len(through)))
+        # What came earlier was rendered otherwise, but the turn itself may still be the same: header, text and all.
+        header, turn = self.frame().header, through[len(before) :]
+        if not before.endswith(header) or not self._special.search(turn):
+            return None
+        alike = [i for i, m in enumerate(messages) if m == messages[index]]
+        found = [m.end() for m in re.finditer(f"{re.escape(header)}(?={re.escape(turn)})", whole)]
+        if len(found) != len(alike):
+            return None
+        start = found[alike.index(index)]
+        return self._close(whole, (start, start + len(turn)))
 
     def _by_difference(self, whole: str, messages: list[Message], tools: list[Message] | None, index: int) -> Span:
         """See the module's third way."""
@@ -168,13 +178,17 @@ class ChatTemplate:
         first = len(_shared(whole, other))
         last = len(whole) - len(_shared(whole[::-1], other[::-1]))
         frame = self.frame()
-        at = whole.rfind(frame.common, 0, first) if frame.common else -1
-        if at < 0 or (frame.marker and frame.marker in whole[at:first]):
+        if frame.common:
+            at = whole.rfind(frame.common, 0, first)
+            start = at + len(frame.header if whole.startswith(frame.header, at) else frame.common)
+        else:  # without a header the turn begins with what the template puts before its text
+            lead = frame.lead if other[: other.index(_WORD)].endswith(frame.lead) else ""
+            at = start = other.index(_WORD) - len(lead)
+        if at < 0 or at > first or (frame.marker and frame.marker in whole[at:first]):
             raise DataError(
                 f"messages[{index}]: the assistant's turn cannot be located in what the chat template makes of it; "
                 "a template with {% generation %} marks, or `loss_on: all`, would do"
             )
-        start = at + len(frame.header if whole.startswith(frame.header, at) else frame.common)
         for match in self._special.finditer(whole, start):
             if match.start() < last < match.end():  # the two texts may share half of a marker
                 last = match.end()
