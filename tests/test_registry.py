@@ -13,13 +13,13 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from registry_kit import IDENTITY, make
 
 from orchestrator.config import Tracking, home
 from orchestrator.delta import load_delta
 from orchestrator.errors import DeltaError, RegistryError
 from orchestrator.registry import Registry, TrackedRun, Version, check_alias, parse_ref
 from orchestrator.registry.limits import clean_key, flat_params
+from tests.registry_kit import IDENTITY, make
 
 
 @pytest.fixture(scope="module")

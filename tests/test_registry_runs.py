@@ -17,12 +17,12 @@ import httpx
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from registry_kit import history, make
 
 from orchestrator.config import Tracking
 from orchestrator.delta import load_delta
 from orchestrator.errors import RegistryError
 from orchestrator.registry import Registry, TrackedRun
+from tests.registry_kit import history, make
 
 
 @pytest.fixture(scope="module")
