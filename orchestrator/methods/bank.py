@@ -153,6 +153,16 @@ class Bank:
             if stack.leaf is not None
         }
 
+    def leaves_of(self, slot: int) -> dict[str, Tensor]:
+        """The leaf that holds each of a slot's tensors, named as in ``parameters``."""
+        kind = self._slots[slot].knobs.type
+        return {
+            f"{site}.{name}": stack.leaf
+            for site in self._slots[slot].sites
+            for name, stack in self._sites[site][kind].stacks.items()
+            if stack.leaf is not None
+        }
+
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
         for stack in self._stacks():

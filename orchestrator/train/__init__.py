@@ -1,0 +1,1 @@
+"""Training: ZeRO, the engine, trials, the loop. Knows nothing of Ray."""

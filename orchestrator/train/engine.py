@@ -1,0 +1,130 @@
+"""The only place that knows DeepSpeed: it shards the frozen base, and only the base.
+
+The bank's tensors stay outside, replicated, with a gradient sum of our own; stages 1 and 2 share out its optimizer
+and gradients by tensor. DeepSpeed is started without an optimizer (it has one clip norm and one overflow flag for
+all, so it could not keep trials apart).
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from orchestrator.base.model import decoder_layers
+from orchestrator.config import Zero
+from orchestrator.errors import TrainError
+from orchestrator.train.zero import deepspeed_config
+
+
+class Engine:
+    """Ranks, their sums, and the sharded base."""
+
+    def __init__(
+        self, zero: Zero, *, stage: int, device: torch.device, dtype: torch.dtype, rows_per_pass: int = 1
+    ) -> None:
+        self.stage = stage
+        self.device = device
+        self.dtype = dtype
+        self.ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.config = deepspeed_config(zero, rows_per_pass=rows_per_pass, cpu=device.type == "cpu")
+        self._engine: Any = None
+        if stage == 3:
+            self._deepspeed = _import_deepspeed()
+            self._deepspeed.init_distributed("gloo" if device.type == "cpu" else "nccl")
+
+    @property
+    def sharder(self) -> Any:
+        """What ``load_base`` hands each layer to; None where the base is replicated."""
+        return self.shard if self.stage == 3 else None
+
+    def shard(self, module: nn.Module) -> None:
+        """Keep this rank's share of the module's parameters."""
+        self._deepspeed.zero.Init(module=module, config_dict_or_path=self.config, dtype=self.dtype)
+
+    def start(self, model: Any) -> Any:
+        """The model to call, with DeepSpeed's gathering hooks where it is sharded."""
+        if self.stage != 3:
+            return model
+        _, layers = decoder_layers(model)
+        self._deepspeed.utils.set_z3_leaf_modules(model, sorted({type(m) for m in layers}, key=str))
+        self._engine, *_ = self._deepspeed.initialize(model=model, config=self.config)
+        return self._engine.module
+
+    def close(self) -> None:
+        """Undo DeepSpeed's hooks."""
+        if self._engine is not None:
+            self._engine.destroy()
+            self._engine = None
+
+    def sum_(self, value: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.ranks > 1:
+            dist.all_reduce(value)
+        return value
+
+    def owner(self, index: int) -> int:
+        """The rank that optimizes the bank's ``index``-th tensor (stages 1 and 2)."""
+        return index % self.ranks
+
+    def owns(self, index: int) -> bool:
+        """Whether this rank optimizes it; every rank does at stages 0 and 3."""
+        return self.stage in (0, 3) or self.owner(index) == self.rank
+
+    def sum_gradients(self, leaves: Mapping[str, Tensor]) -> None:
+        """Sum the leaves' gradients over ranks; at stage 2 each only on its owner."""
+        for leaf in leaves.values():
+            if leaf.grad is None:
+                leaf.grad = torch.zeros_like(leaf)
+        if self.ranks == 1:
+            return
+        grads = [leaf.grad for leaf in leaves.values() if leaf.grad is not None]
+        if self.stage == 2:
+            for rank in range(self.ranks):
+                _flat(grads[rank :: self.ranks], lambda flat, rank=rank: dist.reduce(flat, rank))
+        else:
+            _flat(grads, dist.all_reduce)
+
+    def broadcast(self, values: Sequence[Tensor], rank: int) -> None:
+        """Copy the values from one rank to every other."""
+        if self.ranks > 1:
+            _flat(list(values), lambda flat: dist.broadcast(flat, rank))
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        if self.ranks == 1:
+            return flag
+        value = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.ranks > 1:
+            dist.barrier()
+
+
+def _flat(values: list[Tensor], collective: Any) -> None:
+    """One collective for many tensors."""
+    if not values:
+        return
+    flat = torch.cat([v.reshape(-1) for v in values])
+    collective(flat)
+    at = 0
+    for value in values:
+        value.copy_(flat[at : at + value.numel()].view_as(value))
+        at += value.numel()
+
+
+def _import_deepspeed() -> Any:
+    # Its start-up report and one line per parameter group would bury the run's own.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        import deepspeed
+    except ImportError as e:
+        raise TrainError(f"stage 3 needs deepspeed, which does not import: {e}") from e
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed

@@ -1,0 +1,84 @@
+"""Next-token loss of the target tokens only, without ever holding all their logits.
+
+Shapes: B rows, T tokens, H hidden size, V vocabulary, N target tokens of the micro-batch, C tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from orchestrator.base.linear import is_transposed
+from orchestrator.base.model import head, text_config
+from orchestrator.data.batch import IGNORE, Batch
+
+_CHUNK_BYTES = 256 * 2**20
+# Models that change the logits after the head: these take the plain way.
+_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_width_multiplier")
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Cross-entropy of each row of ``softmax(h W^T + b)``; the gradient of h is made in the forward pass.
+
+    So the head's weight is needed once, while it is gathered, and at most one chunk of logits is alive.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor) -> Tensor:
+        """Losses [N], fp32."""
+        losses_N = torch.empty(len(h_NH), device=h_NH.device, dtype=torch.float32)
+        grad_NH = torch.empty_like(h_NH) if ctx.needs_input_grad[0] else None
+        size = max(1, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        for at in range(0, len(h_NH), size):
+            chunk = slice(at, at + size)
+            logits_CV = (h_NH[chunk] @ weight_VH.T).float()
+            if bias_V is not None:
+                logits_CV += bias_V
+            log_z_C = logits_CV.logsumexp(1)
+            label_C1 = labels_N[chunk].unsqueeze(1)
+            losses_N[chunk] = log_z_C - logits_CV.gather(1, label_C1).squeeze(1)
+            if grad_NH is not None:
+                p_CV = logits_CV.sub_(log_z_C.unsqueeze(1)).exp_()
+                p_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1, dtype=p_CV.dtype))
+                grad_NH[chunk] = p_CV.to(h_NH.dtype) @ weight_VH
+        ctx.grad_NH = grad_NH
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
+        """Gradient of the hidden states; the head is frozen."""
+        return ctx.grad_NH * grad_N.unsqueeze(1).to(ctx.grad_NH.dtype), None, None, None
+
+
+def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Losses [N] of the target tokens, fp32, and the slot [N] of each.
+
+    Sequences of a packed row do not see each other: transformers builds the block mask from positions that restart.
+    """
+    wanted_BT = batch.labels_BT != IGNORE
+    labels_N = batch.labels_BT[wanted_BT]
+    inputs = {"input_ids": batch.tokens_BT, "position_ids": batch.position_BT, "use_cache": False}
+    if any(getattr(text_config(model), key, None) not in (None, 1.0) for key in _AFTER_HEAD):
+        logits_NV = model(**inputs).logits[wanted_BT].float()
+        return nn.functional.cross_entropy(logits_NV, labels_N, reduction="none"), batch.slot_BT[wanted_BT]
+    with _loss_in_place_of_logits(head(model), wanted_BT, labels_N):
+        return model(**inputs).logits, batch.slot_BT[wanted_BT]
+
+
+@contextmanager
+def _loss_in_place_of_logits(module: Any, wanted_BT: Tensor, labels_N: Tensor) -> Iterator[None]:
+    """The head returns its tokens' losses; the hooks around it, such as DeepSpeed's gathering, stay."""
+
+    def forward(h_BTH: Tensor) -> Tensor:
+        weight = module.weight.T if is_transposed(module) else module.weight
+        bias = getattr(module, "bias", None)
+        losses: Tensor = _TokenLoss.apply(h_BTH[wanted_BT], weight, bias, labels_N)  # type: ignore[no-untyped-call]
+        return losses
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

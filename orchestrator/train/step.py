@@ -1,0 +1,91 @@
+"""One step of all trials of a bank over all ranks.
+
+Shapes: N target tokens of a micro-batch, S slots.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.data import Sample, deal, pack
+from orchestrator.data.batch import Batch
+from orchestrator.methods.bank import Bank
+from orchestrator.train.engine import Engine
+
+Loss = Callable[[Any, Batch], tuple[Tensor, Tensor]]
+"""Model and micro-batch to losses [N] of its target tokens and the slot [N] of each."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples become micro-batches."""
+
+    length: int
+    """Most tokens of a row."""
+    rows_per_pass: int
+    """Rows of one forward pass of one rank."""
+    packing: bool
+    """Whether a row may hold several samples."""
+    pad_id: int
+    """Padding token."""
+
+
+class Stepper:
+    """Packs samples, deals them to ranks, and sums losses and gradients over them."""
+
+    def __init__(self, model: Any, bank: Bank, engine: Engine, loss: Loss, layout: Layout) -> None:
+        self.model, self.bank, self.engine, self.loss, self.layout = model, bank, engine, loss, layout
+
+    def train(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]) -> dict[int, float]:
+        """Losses of a forward and backward pass over everyone's samples; each parameter has its gradient after it.
+
+        Args:
+            samples: of each slot, the whole global batch, the same on every rank.
+            steps: each slot's step count.
+
+        Returns:
+            Each slot's loss, a mean over its target tokens on all ranks.
+        """
+        self.bank.zero_grad()
+        losses = self._run(samples, steps)
+        self.engine.sum_gradients(self.bank.leaves())
+        self.bank.hand_out_gradients()
+        return losses
+
+    def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, float]:
+        """Each slot's mean loss over its samples' target tokens, without dropout or gradients."""
+        with torch.no_grad():
+            return self._run(samples, None)
+
+    def _run(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int] | None) -> dict[int, float]:
+        slots = list(samples)
+        device = self.engine.device
+        count_S = torch.tensor([max(1, sum(s.targets for s in samples[slot])) for slot in slots], dtype=torch.float64)
+        weight_S = (1 / count_S).float().to(device)
+        place = torch.zeros(max(slots) + 1, dtype=torch.long)
+        place[slots] = torch.arange(len(slots))
+        place = place.to(device)
+        sum_S = torch.zeros(len(slots), dtype=torch.float64, device=device)
+        for batch in self._deal(samples):
+            # Recomputed activations pass the hooks again, so the backward pass stays inside.
+            with self.bank.routed(batch.slot_BT, position_BT=batch.position_BT, sample_BT=batch.sample_BT, steps=steps):
+                losses_N, slot_N = self.loss(self.model, batch.to(device))
+                index_N = place[slot_N]
+                sum_S.index_add_(0, index_N, losses_N.detach().double())
+                if steps is not None:
+                    (losses_N * weight_S[index_N]).sum().backward()  # type: ignore[no-untyped-call]
+        self.engine.sum_(sum_S)
+        return dict(zip(slots, (sum_S.cpu() / count_S).tolist(), strict=True))
+
+    def _deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
+        rows = pack(samples, length=self.layout.length, packing=self.layout.packing)
+        return deal(
+            rows,
+            rank=self.engine.rank,
+            ranks=self.engine.ranks,
+            rows_per_pass=self.layout.rows_per_pass,
+            pad_id=self.layout.pad_id,
+        )
