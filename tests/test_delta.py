@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +299,24 @@ def test_full_disk_leaves_the_old_delta(saved: Delta, monkeypatch: pytest.Monkey
     assert ("no space left" in str(caught.value)) == (code == errno.ENOSPC)
     assert load_delta(saved.path).sha256 == saved.sha256
     assert [p.name for p in saved.path.parent.iterdir()] == ["d"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_whole_delta(saved: Delta) -> None:
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.delta import load_delta, save_delta\n"
+        f"d = load_delta({str(saved.path)!r}); print('ready', flush=True)\n"
+        "while True: save_delta(d.path, {k: v + 1 for k, v in d.tensors.items()}, d.manifest, d.peft_config)"
+    )
+    for wait in (0.0, 0.011, 0.023, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        assert load_delta(saved.path).manifest is not None
 
 
 def test_without_atomic_exchange_the_folder_is_still_replaced(saved: Delta, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,6 +165,14 @@ def test_names_resolve_to_champion_else_newest(registry: Registry, tmp_path: Pat
     assert (entry.newest.version, entry.aliases) == (3, {"champion": 1})
 
 
+def test_publishing_again_does_not_take_an_alias_back(registry: Registry, tmp_path: Path) -> None:
+    first, second = (make(tmp_path / str(seed), seed, "again") for seed in (61, 62))
+    registry.publish(first, name="again", alias="candidate")
+    registry.publish(second, name="again", alias="candidate")
+    assert registry.publish(first, name="again", alias="candidate").aliases == ()
+    assert registry.resolve("again@candidate").version == 2
+
+
 def test_garbage_is_old_and_without_alias(registry: Registry, client: MlflowClient, tmp_path: Path) -> None:
     for seed in range(11, 17):
         registry.publish(make(tmp_path / str(seed), seed, "heap"), name="heap")

@@ -84,7 +84,7 @@ def save_delta(
         write_file(scratch / CARD, card(written, config).encode())
         if written is not None:
             write_file(scratch / MANIFEST, written.model_dump_json(indent=2).encode())
-    kept = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
     return Delta(kept, written, config, digest, directory)
 
 

@@ -85,7 +85,7 @@ class Registry:
 
     def _run_url(self, experiment: str, run_id: str) -> str:
         if self._door.address.remote:
-            return f"{self.uri}/#/experiments/{experiment}/runs/{run_id}"
+            return f"{self.uri.replace('***@', '')}/#/experiments/{experiment}/runs/{run_id}"
         return f"{self.uri} (run {run_id}; look at it with `mlflow ui --backend-store-uri {self.uri}`)"
 
     # Versions
@@ -122,7 +122,8 @@ class Registry:
         version = self._same(name, lineage, run)
         if version is None:
             version = self._register(delta, name, run.id if run else None, lineage, metrics or {})
-        return self.promote(version, alias, by=owner) if alias else version
+        # A driver that starts again must not take an alias back that has moved on since.
+        return self.promote(version, alias, by=owner) if alias and alias not in version.moves else version
 
     def _own_name(self, name: str) -> None:
         client = self._door.client
