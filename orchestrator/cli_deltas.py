@@ -50,7 +50,7 @@ def _table(versions: list["Version"]) -> Table:
         metrics = ", ".join(f"{key} {value:.4g}" for key, value in sorted(v.metrics.items())[:4])
         method = v.tags.get("manta.method") or v.tags.get("manta.peft_type", "").lower()
         cells = (v.ref, ", ".join(v.aliases), method, v.tags.get("manta.base.id", ""), metrics)
-        table.add_row(*(escape(c) for c in (*cells, v.tags.get("manta.owner", ""), v.created)))
+        table.add_row(*(escape(c) for c in (*cells, v.tags.get("manta.owner", ""), v.created[:16].replace("T", " "))))
     return table
 
 
@@ -82,6 +82,8 @@ def show(ref: Ref, as_json: Json = False, uri: Uri = None) -> None:
         typer.echo(json.dumps(_record(version), indent=2))
         return
     table = Table(title=escape(version.ref), show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a hash is of use only when it is whole
     rows: dict[str, Any] = {
         "aliases": ", ".join(version.aliases),
         "sha256": version.sha256,
