@@ -126,6 +126,7 @@ def empty_model(base: Base, dtype: torch.dtype) -> Any:
                 f"base {base.id} is already quantized ({config.quantization_config.get('quant_method', 'unknown')}); "
                 "name the original weights and let base.quantize hold them in fewer bits"
             )
+        _without_dropout(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=base.trust_remote_code
@@ -135,6 +136,13 @@ def empty_model(base: Base, dtype: torch.dtype) -> Any:
             raise
         raise BaseModelError(f"base {base.id}: not a causal language model that transformers loads: {e}") from e
     return model
+
+
+def _without_dropout(config: Any) -> None:
+    """The base is frozen: nothing of it is to be random, in training mode either (recomputed activations need it)."""
+    for key, value in vars(config.get_text_config()).items():
+        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, int | float):
+            setattr(config.get_text_config(), key, 0.0)
 
 
 class _Random:

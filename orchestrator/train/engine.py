@@ -93,13 +93,13 @@ class Engine:
         if self.ranks > 1:
             _flat(list(values), lambda flat: dist.broadcast(flat, rank))
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank says yes."""
+    def most(self, code: int) -> int:
+        """The largest of the ranks' codes."""
         if self.ranks == 1:
-            return flag
-        value = torch.tensor([int(flag)], device=self.device)
+            return code
+        value = torch.tensor([code], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+        return int(value.item())
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -1,0 +1,122 @@
+"""The cluster: join it, ask what it offers, refuse what it cannot give."""
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from orchestrator.config import Run
+from orchestrator.errors import ClusterError, TrainError
+
+
+def join(address: str | None = None) -> None:
+    """Connect to the cluster at ``address``, else the one this job was submitted to, else start a local one.
+
+    Raises:
+        ClusterError: there is none at the address, or it runs other versions.
+    """
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=bool(os.environ.get("MANTA_WORKER_LOGS")),
+            logging_level="ERROR",
+            include_dashboard=False if address is None else None,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
+        first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ClusterError(f"cannot join the Ray cluster{f' at {address}' if address else ''}: {first}") from e
+
+
+def describe(address: str | None = None) -> dict[str, Any]:
+    """Nodes, CPUs, GPUs and versions of the cluster.
+
+    Raises:
+        ClusterError: it cannot be joined.
+    """
+    join(address)
+    total = ray.cluster_resources()
+    return {
+        "nodes": sum(1 for node in ray.nodes() if node["Alive"]),
+        "cpus": total.get("CPU", 0.0),
+        "gpus": total.get("GPU", 0.0),
+        "ray": ray.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def uses_gpu(run: Run) -> bool:
+    """Whether workers get a GPU."""
+    asked = run.cluster.gpus_per_worker
+    return ray.cluster_resources().get("GPU", 0) > 0 if asked == "auto" else asked == 1
+
+
+def require(run: Run, *, gpu: bool) -> None:
+    """Refuse at once what would otherwise wait for ever.
+
+    Raises:
+        ClusterError: the cluster offers too little.
+    """
+    total = ray.cluster_resources()
+    need = run.cluster.workers.min
+    cpus = need * run.cluster.cpus_per_worker
+    if os.environ.get("MANTA_AUTOSCALING"):
+        return  # what is not there yet may come
+    if gpu and total.get("GPU", 0) < need:
+        raise ClusterError(
+            f"{need} workers need a GPU each, the cluster has {total.get('GPU', 0):g}; lower cluster.workers, set "
+            "cluster.gpus_per_worker=0, or set MANTA_AUTOSCALING=1 where an autoscaler will add nodes"
+        )
+    if total.get("CPU", 0) < cpus:
+        raise ClusterError(
+            f"{need} workers of {run.cluster.cpus_per_worker:g} CPU need {cpus:g}, the cluster has "
+            f"{total.get('CPU', 0):g}; lower cluster.workers or cluster.cpus_per_worker, or set MANTA_AUTOSCALING=1"
+        )
+
+
+def worker_env(*, gpu: bool) -> dict[str, str]:
+    """Environment of the workers."""
+    passed = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "MANTA_HOME", "OMP_NUM_THREADS")
+    env = {key: os.environ[key] for key in passed if key in os.environ}
+    env |= {"TOKENIZERS_PARALLELISM": "false", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
+
+
+def absolute_paths(run: Run) -> Run:
+    """The run with local paths made absolute: workers start in another directory."""
+
+    def absolute(path: str) -> str:
+        return str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
+
+    sources = {
+        key: tuple(s.model_copy(update={"path": _glob(s.path, absolute)}) for s in getattr(run.data, key))
+        for key in ("train", "eval")
+    }
+    return run.model_copy(
+        update={
+            "base": run.base.model_copy(update={"id": run.base.id if run.base.id == "demo" else absolute(run.base.id)}),
+            "data": run.data.model_copy(update=sources),
+        }
+    )
+
+
+def _glob(path: str, absolute: Any) -> str:
+    if path == "demo":
+        return path
+    is_glob = any(c in path for c in "*?[") and "://" not in path
+    return str(Path(path).expanduser().absolute()) if is_glob else absolute(path)
+
+
+def restore_error(kind: str, message: str) -> Exception:
+    """The error that a worker named."""
+    from orchestrator import errors
+
+    found = getattr(errors, kind, TrainError)
+    made: Exception = found(message)
+    return made

@@ -1,0 +1,271 @@
+"""Launch a run: Ray Train workers, one mailbox, one writer to MLflow, and the delta published at its end."""
+
+import secrets
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from orchestrator.config import Run, home
+from orchestrator.delta import load_delta
+from orchestrator.errors import ClusterError, MantaError, RegistryError, TrainError
+from orchestrator.launch import ledger
+from orchestrator.launch.cluster import absolute_paths, join, require, restore_error, uses_gpu, worker_env
+from orchestrator.launch.mailbox import open_mailbox
+from orchestrator.launch.worker import train_worker
+from orchestrator.registry import Registry, TrackedRun, Version
+
+Listener = Callable[[str, dict[str, Any]], None]
+"""Hears every event of the workers."""
+_METRICS = {"step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"), "eval": ("eval_loss",)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    run_id: str
+    """To resume it with."""
+    why: str
+    """``finished``, ``stopped early``, or what stopped it."""
+    delta: Path
+    """Folder of the delta: the best where there was a held-out set, else the last."""
+    metrics: dict[str, float]
+    """Last and best metrics."""
+    version: Version | None
+    """The registered version; None where the run was stopped before its end."""
+    tracking_uri: str
+    """Where MLflow is."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it came to its own end."""
+        return self.version is not None
+
+
+def train(
+    run: Run, *, resume: str | None = None, address: str | None = None, listen: Listener | None = None
+) -> Outcome:
+    """Train one delta on the cluster, track it, and register it.
+
+    Args:
+        run: what to do; with ``resume`` the run as it was started counts instead.
+        resume: id of an earlier run to go on with.
+        address: the Ray cluster; default: that of the job, else a local one.
+        listen: hears progress.
+
+    Raises:
+        MantaError: whatever went wrong, in one message; what was done is in the last checkpoint.
+    """
+    entry = ledger.read(resume) if resume else None
+    run = Run.model_validate(entry.run) if entry else absolute_paths(run)
+    registry = Registry(run.tracking)
+    join(address)
+    gpu = uses_gpu(run)
+    require(run, gpu=gpu)
+    entry = entry or _new_entry(run, registry)
+    tracked = registry.start_run(run.name, _flat(run), _tags(run, entry), run_id=entry.mlflow_run)
+    entry = ledger.Entry(entry.id, entry.storage, entry.run, tracked.id, entry.start)
+    ledger.write(entry)
+    try:
+        why, metrics, checkpoint = _fit(run, entry, tracked, gpu=gpu, listen=listen or (lambda *_: None))
+        outcome = _publish(run, entry, registry, tracked, why, metrics, checkpoint)
+    except BaseException as e:
+        _finish(tracked, "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+        raise
+    _finish(tracked, "FINISHED" if outcome.complete else "KILLED")
+    return outcome
+
+
+def _new_entry(run: Run, registry: Registry) -> ledger.Entry:
+    run_id = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    storage = run.cluster.storage or str(home() / "storage")
+    if "://" not in storage:
+        storage = str(Path(storage).expanduser().absolute())
+        try:
+            Path(storage).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ClusterError(f"cluster.storage {storage} cannot be written: {e}") from e
+    start = _start(run, registry, run_id) if run.train.init_from else None
+    return ledger.Entry(run_id, storage, run.model_dump(mode="json", exclude_unset=True), None, start)
+
+
+def _start(run: Run, registry: Registry, run_id: str) -> str:
+    """The delta to continue from, checked, in a folder that outlives it."""
+    ref = run.train.init_from or ""
+    source = Path(ref).expanduser()
+    found = source if source.is_dir() else registry.fetch(ref)
+    load_delta(found)
+    kept = home() / "runs" / f"{run_id}-start"
+    shutil.copytree(found, kept)
+    return str(kept)
+
+
+def _fit(
+    run: Run, entry: ledger.Entry, tracked: TrackedRun, *, gpu: bool, listen: Listener
+) -> tuple[str, dict[str, float], Any]:
+    mailbox = open_mailbox()
+    workers = run.cluster.workers
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "run": entry.run,
+            "mailbox": mailbox,
+            "start": entry.start,
+            "threads": 0 if gpu else max(1, int(run.cluster.cpus_per_worker)),
+        },
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": run.cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            name=entry.id,
+            storage_path=entry.storage,
+            failure_config=FailureConfig(max_failures=run.cluster.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=run.train.keep),
+            worker_runtime_env={"env_vars": worker_env(gpu=gpu)},
+        ),
+    )
+    last: dict[str, Any] = {}
+    try:
+        with _drained(mailbox, tracked, listen, last), _signals(mailbox):
+            result = trainer.fit()
+    except MantaError:
+        raise
+    except Exception as e:
+        if fatal := ray.get(mailbox.fatal.remote()):
+            raise restore_error(*fatal) from None
+        raise TrainError(
+            f"the workers failed: {_reason(e)}. Go on from the last checkpoint with: manta train --resume {entry.id}"
+        ) from e
+    if fatal := ray.get(mailbox.fatal.remote()):
+        raise restore_error(*fatal)
+    if "why" not in last or result.checkpoint is None:
+        raise TrainError(f"the workers ended without a word; go on with: manta train --resume {entry.id}")
+    why = last.pop("why")
+    last.pop("step", None)
+    return why, {k: float(v) for k, v in last.items()}, result.checkpoint
+
+
+def _publish(
+    run: Run,
+    entry: ledger.Entry,
+    registry: Registry,
+    tracked: TrackedRun,
+    why: str,
+    metrics: dict[str, float],
+    checkpoint: Any,
+) -> Outcome:
+    delta = home() / "runs" / entry.id
+    with checkpoint.as_directory() as folder:
+        best, last = Path(folder) / run.name / "best", Path(folder) / run.name / "delta"
+        shutil.rmtree(delta, ignore_errors=True)
+        shutil.copytree(best if best.is_dir() else last, delta)
+    version = None
+    if why in ("finished", "stopped early"):
+        try:
+            version = registry.publish(
+                delta,
+                name=run.tracking.register_as or run.name,
+                run=tracked,
+                metrics=metrics,
+                alias=run.tracking.alias,
+                tags=run.tracking.tags,
+                owner=run.tracking.owner,
+            )
+        except RegistryError as e:
+            raise RegistryError(
+                f"{e}. The delta is trained and whole in {delta}; register it once the server answers, with: "
+                f"manta train --resume {entry.id}"
+            ) from e
+    return Outcome(entry.id, why, delta, metrics, version, registry.uri)
+
+
+@contextmanager
+def _drained(mailbox: Any, tracked: TrackedRun, listen: Listener, last: dict[str, Any]) -> Iterator[None]:
+    """Events go to MLflow and the listener from one thread of the driver, the only writer."""
+    ended = threading.Event()
+
+    def drain() -> None:
+        while True:
+            over = ended.is_set()
+            for kind, values in ray.get(mailbox.drain.remote()):
+                if kind == "done":
+                    last.update(values)
+                if keys := _METRICS.get(kind):
+                    tracked.log({k: values[k] for k in keys if k in values}, step=values["step"])
+                listen(kind, values)
+            if over:
+                return
+            ended.wait(0.3)
+
+    thread = threading.Thread(target=drain, name="manta-drain", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=60)
+
+
+@contextmanager
+def _signals(mailbox: Any) -> Iterator[None]:
+    """SIGTERM and SIGINT: the workers write a checkpoint and stop; a second one ends at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+
+    def stop(number: int, _: Any) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+        mailbox.stop.remote(f"stopped by {signal.Signals(number).name}")
+
+    # Ray sets its own SIGINT handler in fit() and puts ours back after it; a checkpoint matters more.
+    with ExitStack() as stack:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            stack.callback(signal.signal, number, signal.signal(number, stop))
+        yield
+
+
+def _finish(tracked: TrackedRun, status: str) -> None:
+    tracked.finish(status)
+
+
+def _reason(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None)
+    inner = next(iter(failures.values()), error) if failures else error
+    lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(inner).__name__
+
+
+def _flat(run: Run) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            flat[prefix] = value
+
+    walk("", run.model_dump(mode="json", exclude={"tracking"}))
+    return flat
+
+
+def _tags(run: Run, entry: ledger.Entry) -> dict[str, str]:
+    owner = {"owner": run.tracking.owner} if run.tracking.owner else {}
+    return {**run.tracking.tags, **owner, "manta.run": entry.id, "manta.storage": entry.storage}

@@ -1,0 +1,110 @@
+"""What Ray Train calls on each rank."""
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+
+from orchestrator.config import Run
+from orchestrator.errors import CheckpointError, MantaError
+
+
+class RayReporter:
+    """A ``Reporter`` over Ray Train and the mailbox."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
+        self._rank = ray.train.get_context().get_world_rank()
+        self._asked: Any = None
+        self._told = False
+
+    def event(self, kind: str, values: dict[str, Any]) -> None:
+        """To the driver, from the first rank."""
+        if self._rank == 0:
+            self._mailbox.put.remote(kind, values)
+
+    def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
+        """Into the run's storage."""
+        name = f"step-{step:08d}"
+        if self._rank != 0:
+            ray.train.report({}, checkpoint_dir_name=name)
+            return
+        with tempfile.TemporaryDirectory(prefix="manta-checkpoint-") as folder:
+            try:
+                write(Path(folder))
+                kept = ray.train.Checkpoint.from_directory(folder)
+                ray.train.report({"step": step}, checkpoint=kept, checkpoint_dir_name=name)
+            except OSError as e:
+                raise CheckpointError(
+                    f"the checkpoint of step {step} cannot be written: {e}; the one before it is whole. "
+                    "Make room, then go on with --resume"
+                ) from e
+
+    @contextmanager
+    def restored(self) -> Iterator[Path | None]:
+        """The latest checkpoint of this run, on any world size."""
+        kept = ray.train.get_checkpoint()
+        if kept is None:
+            yield None
+            return
+        with kept.as_directory() as folder:
+            yield Path(folder)
+
+    def stop_reason(self) -> str | None:
+        """What the driver said; asked for without waiting."""
+        if self._rank != 0:
+            return None
+        if self._asked is None:
+            self._asked = self._mailbox.stop_reason.remote()
+        ready, _ = ray.wait([self._asked], timeout=0)
+        if not ready:
+            return None
+        reason: str | None = ray.get(ready[0])
+        self._asked = None
+        return reason
+
+    def preempted(self) -> bool:
+        """Ray's notice that a node will go."""
+        told = ray.train.get_preemption_info() is not None and not self._told
+        self._told |= told
+        return told
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """One rank. An error of the user's making goes to the mailbox, so that a restart does not repeat it."""
+    mailbox = config["mailbox"]
+    if ray.get(mailbox.fatal.remote()) is not None:
+        return
+    try:
+        _work(config, mailbox)
+    except MantaError as e:
+        ray.get(mailbox.fail.remote(type(e).__name__, str(e)))
+        raise
+
+
+def _work(config: dict[str, Any], mailbox: Any) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from ray.train.torch import get_device
+
+    from orchestrator.train.worker import Place, work
+
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        ranks=context.get_world_size(),
+        local_ranks=context.get_local_world_size(),
+        device=get_device(),
+    )
+    reporter = RayReporter(mailbox)
+    reporter.event("started", {"ranks": place.ranks, "device": str(place.device), "at": time.time()})
+    start = Path(config["start"]) if config["start"] else None
+    work(Run.model_validate(config["run"]), place, reporter, start=start)

@@ -1,0 +1,189 @@
+"""One rank of a run, from config to delta: a table of contents."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import torch
+
+from orchestrator.base import compute_dtype, load_base, load_tokenizer, source_identity
+from orchestrator.base.load import empty_model
+from orchestrator.config import Method, Run
+from orchestrator.data import Prepared, prepare
+from orchestrator.delta import check_base, load_delta
+from orchestrator.errors import MethodError, OutOfMemoryError
+from orchestrator.methods import METHODS, Bank
+from orchestrator.train.checkpoint import Restored, read_checkpoint
+from orchestrator.train.engine import Engine
+from orchestrator.train.loop import Loop
+from orchestrator.train.loss import causal_lm_loss
+from orchestrator.train.reporter import Reporter
+from orchestrator.train.step import Layout, Stepper
+from orchestrator.train.trial import Trial
+from orchestrator.train.writer import DeltaWriter
+from orchestrator.train.zero import BYTES, choose_stage
+
+T = TypeVar("T")
+SLOT = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this rank is."""
+
+    rank: int
+    """Among all ranks."""
+    ranks: int
+    """World size."""
+    local_ranks: int
+    """Ranks on this node."""
+    device: torch.device
+    """Its device."""
+
+
+def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = None) -> str:
+    """Train one delta on this rank.
+
+    Args:
+        run: what to do.
+        place: which rank this is; a process group is up where there are several.
+        reporter: hears events, keeps checkpoints.
+        start: a delta folder to continue from, when there is no checkpoint.
+
+    Returns:
+        Why it ended: ``finished``, ``stopped early``, or what told it to stop.
+    """
+    freeze_randomness(run.train.seed)
+    tokenizer = load_tokenizer(run.base)
+    engine = _engine(run, place, reporter)
+    data = first_rank_first(engine, lambda: prepare(run.data, tokenizer, seed=run.train.seed))
+    reporter.event("data", data.report.as_dict())
+    dtype = compute_dtype(run.base, place.device)
+    identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
+    base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity)
+    reporter.event("loaded", base.report.as_dict())
+    bank = Bank(base.model, device=place.device, base_id=run.base.id)
+    with reporter.restored() as folder:
+        restored = read_checkpoint(folder, run.name) if folder else None
+    parent = load_delta(start) if start else None
+    if parent is not None:
+        check_base(parent.manifest, identity)
+    knobs = fill_slot(bank, run, restored, parent)
+    model = engine.start(base.model)
+    if run.train.recompute:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loop = Loop(
+        train=run.train,
+        stepper=Stepper(model, bank, engine, causal_lm_loss, _layout(run, tokenizer)),
+        trial=Trial(bank, engine, SLOT, run.train, total_steps(run, data)),
+        source=data.train,
+        held_out=data.eval,
+        engine=engine,
+        reporter=reporter,
+        writer=DeltaWriter(
+            run, identity, bank.scope, bank.sites(SLOT), knobs, data.digest, parent.sha256 if parent else None
+        ),
+    )
+    if restored:
+        loop.restore(restored)
+    try:
+        return loop.run()
+    except torch.OutOfMemoryError as e:
+        raise OutOfMemoryError(
+            f"out of GPU memory in step {loop.trial.step + 1}: lower train.rows_per_pass ({run.train.rows_per_pass}), "
+            f"or data.length ({run.data.length}), set train.recompute=true, or shard=3"
+        ) from e
+    finally:
+        engine.close()
+
+
+def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Method:
+    """Start values, a checkpoint's, or another delta's; returns the knobs in force.
+
+    Raises:
+        MethodError: the delta to continue from has another method or size than the run asks for.
+    """
+    delta = restored.delta if restored else parent
+    if delta is None:
+        bank.add(SLOT, run.method, seed=run.train.seed)
+        return run.method
+    knobs = delta.manifest.method if delta.manifest else METHODS[run.method.type].from_peft(delta.peft_config)
+    if not restored:
+        _same_size(run.method, knobs)
+        knobs = knobs.model_copy(update={"dropout": run.method.dropout})
+    bank.add(SLOT, knobs, seed=run.train.seed, tensors=delta.tensors)
+    return knobs
+
+
+def _same_size(asked: Method, found: Method) -> None:
+    """A run that asks for nothing takes the delta's own size; one that asks for another is told."""
+    wrong = [
+        f"{key}={getattr(asked, key)!r} (the delta has {getattr(found, key)!r})"
+        for key in type(asked).model_fields
+        if key in asked.model_fields_set - {"type", "dropout"} and getattr(asked, key) != getattr(found, key)
+    ]
+    if wrong:
+        raise MethodError(f"train.init_from keeps the delta's method and size; the run asks for {', '.join(wrong)}")
+
+
+def first_rank_first(engine: Engine, do: Callable[[], T]) -> T:
+    """Let the first rank fill a cache that the others then find."""
+    if engine.rank == 0:
+        made = do()
+        engine.barrier()
+        return made
+    engine.barrier()
+    return do()
+
+
+def total_steps(run: Run, data: Prepared) -> int:
+    """Optimizer steps of the run."""
+    if run.train.steps:
+        return run.train.steps
+    assert data.train.size is not None, "a streamed set needs train.steps"
+    return max(1, -(-round(run.train.epochs * data.train.size) // run.train.batch_size))
+
+
+def freeze_randomness(seed: int) -> None:
+    """Seed every generator; what matters is seeded by name anyway."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _layout(run: Run, tokenizer: Any) -> Layout:
+    return Layout(run.data.length, run.train.rows_per_pass, run.data.packing, tokenizer.pad_token_id)
+
+
+def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
+    dtype = compute_dtype(run.base, place.device)
+    with torch.random.fork_rng([]):
+        parameters = sum(p.numel() for p in empty_model(run.base, dtype).parameters())
+    memory, free = _memory(place)
+    fp32 = dtype == torch.float32
+    zero = run.cluster.zero
+    stage = choose_stage(zero, run.base, parameters=parameters, memory=memory, ranks=place.ranks, fp32=fp32)
+    need = parameters * BYTES[run.base.quantize] * (2 if fp32 and run.base.quantize == "none" else 1)
+    share = need / place.ranks if stage == 3 and zero.offload == "none" else need if stage != 3 else 0
+    if share > free:
+        raise OutOfMemoryError(
+            f"base {run.base.id} needs {share / 2**30:.1f} GiB on each of {place.ranks} workers (stage {stage}, "
+            f"{run.base.quantize}), {free / 2**30:.1f} GiB are free. Hold it in fewer bits (base.quantize=nf4), or "
+            "shard it over more workers (cluster.workers, shard=3)"
+        )
+    reporter.event("plan", {"stage": stage, "parameters": parameters, "bytes_per_worker": share, "ranks": place.ranks})
+    return Engine(zero, stage=stage, device=place.device, dtype=dtype, rows_per_pass=run.train.rows_per_pass)
+
+
+def _memory(place: Place) -> tuple[int, int]:
+    """Total and free bytes for this rank."""
+    if place.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(place.device)
+        return total, free
+    memory = psutil.virtual_memory()
+    return memory.total // place.local_ranks, memory.available // place.local_ranks
