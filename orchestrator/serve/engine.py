@@ -101,8 +101,8 @@ class Engine:
         """Take in all of ``requests`` or none.
 
         Raises:
-            BusyError: too many are waiting.
-            ServeError: a prompt is empty or too long, a token id is out of range, or the engine is closed.
+            BusyError: too many are waiting, or the engine is closed.
+            ServeError: a prompt is empty or too long, or a token id is out of range.
         """
         for request in requests:
             if not request.prompt:
@@ -117,7 +117,7 @@ class Engine:
         tickets = [Ticket(request, loop) for request in requests]
         with self._wake:
             if self._closing:
-                raise ServeError("the engine is shutting down")
+                raise BusyError("the endpoint is shutting down")
             if self._load + len(tickets) > self.rows + self.max_queued:
                 self.stats.rejected += len(tickets)
                 raise BusyError(f"{self._load} requests are running or waiting, the most this endpoint takes")
