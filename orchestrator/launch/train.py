@@ -5,9 +5,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.config import Run, home
+from orchestrator.config.load import apply_overrides
 from orchestrator.delta import load_delta
-from orchestrator.errors import ClusterError, MantaError, RegistryError, TrainError
+from orchestrator.errors import ClusterError, ConfigError, MantaError, RegistryError, TrainError
 from orchestrator.launch import ledger
 from orchestrator.launch.cluster import absolute_paths, join, require, restore_error, uses_gpu, worker_env
 from orchestrator.launch.mailbox import open_mailbox
@@ -54,13 +55,19 @@ class Outcome:
 
 
 def train(
-    run: Run, *, resume: str | None = None, address: str | None = None, listen: Listener | None = None
+    run: Run,
+    *,
+    resume: str | None = None,
+    overrides: Sequence[str] = (),
+    address: str | None = None,
+    listen: Listener | None = None,
 ) -> Outcome:
     """Train one delta on the cluster, track it, and register it.
 
     Args:
         run: what to do; with ``resume`` the run as it was started counts instead.
         resume: id of an earlier run to go on with.
+        overrides: ``cluster.`` settings to change at a resume; the rest of a run is fixed once it has begun.
         address: the Ray cluster; default: that of the job, else a local one.
         listen: hears progress.
 
@@ -68,6 +75,8 @@ def train(
         MantaError: whatever went wrong, in one message; what was done is in the last checkpoint.
     """
     entry = ledger.read(resume) if resume else None
+    if entry:
+        entry = replace(entry, run=_elsewhere(entry.run, overrides))
     run = Run.model_validate(entry.run) if entry else absolute_paths(run)
     registry = Registry(run.tracking)
     join(address)
@@ -75,7 +84,7 @@ def train(
     require(run, gpu=gpu)
     entry = entry or _new_entry(run, registry)
     tracked = registry.start_run(run.name, _flat(run), _tags(run, entry), run_id=entry.mlflow_run)
-    entry = ledger.Entry(entry.id, entry.storage, entry.run, tracked.id, entry.start)
+    entry = replace(entry, mlflow_run=tracked.id)
     ledger.write(entry)
     try:
         why, metrics, checkpoint = _fit(run, entry, tracked, gpu=gpu, listen=listen or (lambda *_: None))
@@ -85,6 +94,15 @@ def train(
         raise
     _finish(tracked, "FINISHED" if outcome.complete else "KILLED")
     return outcome
+
+
+def _elsewhere(run: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The run with other workers or resources; its learning stays what it was."""
+    if fixed := [o for o in overrides if not o.startswith(("cluster.", "shard="))]:
+        raise ConfigError(
+            f"--resume goes on with the run as it was started; only cluster settings may change, not {', '.join(fixed)}"
+        )
+    return apply_overrides(run, overrides)
 
 
 def _new_entry(run: Run, registry: Registry) -> ledger.Entry:
