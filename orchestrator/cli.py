@@ -1,6 +1,7 @@
 """The command ``manta``: one function per thing a user types; what is heavy is imported only where it is used."""
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -171,12 +172,14 @@ def quiet() -> None:
     if os.environ.get("MANTA_DEBUG"):
         return
     warnings.filterwarnings("ignore")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of a kernel that this project does not use
     for name, value in {
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
     }.items():
         os.environ.setdefault(name, value)
 

@@ -1,0 +1,33 @@
+"""The first thing a newcomer types, whole: two real sharded workers, MLflow, and an endpoint over HTTP."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from orchestrator.config.load import load_run
+from orchestrator.quickstart import quickstart_run
+
+
+def test_the_shipped_file_is_the_quickstart() -> None:
+    assert load_run(Path("jobs/runs/quickstart.yaml")) == quickstart_run()
+
+
+def test_quickstart_teaches_and_serves(tmp_path: Path) -> None:
+    env = {**os.environ, "MANTA_HOME": str(tmp_path), "COLUMNS": "200"}
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("manta")), "quickstart", "--no-keep"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = re.search(r"base (\d+)%, quickstart:1 (\d+)%", done.stdout)
+    assert figures, done.stdout
+    assert int(figures[1]) < 10
+    assert int(figures[2]) >= 90
+    assert "sharded over them (ZeRO-3)" in done.stderr
+    assert f"sqlite:///{tmp_path}/mlflow.db" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
