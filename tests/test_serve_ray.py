@@ -111,10 +111,29 @@ def test_an_endpoint_answers_swaps_its_deltas_and_goes(cluster, base, tmp_path):
 @pytest.mark.slow
 def test_a_wrong_delta_fails_the_start_with_one_clear_error(cluster, base, tmp_path):
     adapter(tmp_path / "wrong", base, 1, source_hash="b" * 64)
+    config = Serving(base=base, deltas=(str(tmp_path / "wrong"),), port=free_port(), length=256)
     with pytest.raises(WrongBaseError) as caught:
-        serve(Serving(base=base, deltas=(str(tmp_path / "wrong"),), port=free_port()), block=False)
+        serve(config, block=False)
     assert "b" * 64 in str(caught.value)
     assert source_identity(base).source_hash in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_wrong_catalogue_is_refused_and_the_old_one_goes_on(cluster, base, tmp_path):
+    adapter(tmp_path / "good", base, 1)
+    adapter(tmp_path / "wrong", base, 1, source_hash="b" * 64)
+    config = Serving(base=base, deltas=(str(tmp_path / "good"),), port=free_port(), length=256)
+    endpoint = serve(config, block=False)
+    try:
+        with openai.OpenAI(base_url=endpoint.url, api_key="none", max_retries=0) as client:
+            text = ask(client, "good").choices[0].message.content
+            with pytest.raises(WrongBaseError):
+                endpoint.configure(config.model_copy(update={"deltas": (str(tmp_path / "wrong"),)}))
+            for _ in range(10):
+                assert ask(client, "good").choices[0].message.content == text
+                time.sleep(0.5)
+    finally:
+        endpoint.stop()
 
 
 @pytest.mark.slow

@@ -49,6 +49,8 @@ class Endpoint:
             MantaError: one of them cannot be served; nothing has changed.
         """
         _run(_absolute(config))
+        if (fault := _fault(ray_serve.get_app_handle(self.name).fault.remote().result())) is not None:
+            raise fault
 
 
 @ray_serve.ingress()
@@ -94,15 +96,30 @@ class Replica:
         )
         self._deltas.start()
         self._app = build(self._engine, self._deltas, base.tokenizer)
+        self._fault: str | None = None  # until the first catalogue is there
 
     def __serve_build_asgi_app__(self) -> Any:
         """What Ray Serve routes requests to."""
         return self._app
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Serve these deltas; called at the start and whenever the catalogue changes."""
-        with _marked():
-            await asyncio.to_thread(self._deltas.configure, user_config["deltas"])
+        """Serve these deltas; called at the start, where an error is final, and whenever the catalogue changes.
+
+        A later error leaves the catalogue as it was: raised here, it would cost the running replica.
+        """
+        try:
+            with _marked():
+                await asyncio.to_thread(self._deltas.configure, user_config["deltas"])
+            self._fault = ""
+        except RuntimeError as error:
+            if self._fault is None:
+                raise
+            log.error("the new catalogue is refused, the old one stays: %s", error)
+            self._fault = str(error)
+
+    def fault(self) -> str:
+        """Why the last change of the catalogue was refused; empty where it was not."""
+        return self._fault or ""
 
     def check_health(self) -> None:
         """Raises where the engine hangs or died; Ray Serve then starts another replica."""
@@ -146,10 +163,9 @@ def _run(config: Serving) -> Endpoint:
         message = "\n".join([_deployed(config.name), str(error)])
         if config.name not in known:
             endpoint.stop()
-        if (found := re.search(re.escape(_MARK) + r"(\{.*\})", message)) is None:
+        if (fault := _fault(message)) is None:
             raise ServeError(f"the endpoint could not be started: {_last_line(message)}") from error
-        fault = json.loads(found[1])
-        raise restore_error(fault["kind"], fault["message"]) from None
+        raise fault from None
     try:
         socket.create_connection((host, config.port), timeout=10).close()
     except OSError as error:  # Ray Serve has one proxy for all applications, and its port is set by the first
@@ -249,6 +265,14 @@ def _marked() -> Iterator[None]:
     except MantaError as error:
         fault = json.dumps({"kind": type(error).__name__, "message": str(error)})
         raise RuntimeError(f"{_MARK}{fault}") from None
+
+
+def _fault(message: str) -> Exception | None:
+    """The error that ``_marked`` put into a message."""
+    if (found := re.search(re.escape(_MARK) + r"(\{.*\})", message)) is None:
+        return None
+    fault = json.loads(found[1])
+    return restore_error(fault["kind"], fault["message"])
 
 
 def _last_line(message: str) -> str:
