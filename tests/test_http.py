@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import openai
 import pytest
 import torch
 
+from orchestrator.config.openai import ChatRequest, CompletionRequest
 from orchestrator.delta import load_delta
 from tests.endpoint_kit import Server, ask, chat_text, delta, truth
 from tests.serving_kit import model, solo, tokenizer
@@ -239,3 +241,42 @@ def test_a_stream_that_is_closed_frees_its_row(server):
     stream.close()
     server.idle()
     assert server.engine.stats.cancelled in (before, before + 1)  # a short answer may have been done
+
+
+def test_no_request_whatever_its_values_gets_a_5xx(server):
+    drawn = random.Random(7)
+    odd = [
+        None,
+        True,
+        -1,
+        0,
+        1,
+        2**70,
+        1e400,
+        0.5,
+        "",
+        "x",
+        "\0",
+        "\u202e🐎",
+        [],
+        [[]],
+        {},
+        {"a": None},
+        ["x"],
+        [1],
+        [[1]],
+    ]
+    good = {**CHAT, "max_tokens": 2, "prompt": "x"}
+    fields = [*ChatRequest.model_fields, *CompletionRequest.model_fields, "nonsense"]
+    seen = set()
+    with httpx.Client(base_url=server.url) as client:
+        for i in range(400):
+            path = drawn.choice(["chat/completions", "completions"])
+            body = {k: v for k, v in good.items() if k != ("prompt" if path[0] == "c" and "/" in path else "messages")}
+            for field in drawn.sample(fields, drawn.randint(0, 2)):
+                body[field] = drawn.choice(odd)
+            answer = client.post(f"/v1/{path}", content=json.dumps(body).encode())
+            seen.add(answer.status_code)
+            assert answer.status_code < 500, (i, body, answer.text)
+    assert {200, 400, 404} <= seen
+    server.idle()
