@@ -97,16 +97,16 @@ def test_characters_that_span_tokens_are_whole(base, where):
 
 
 def test_a_long_sample_loses_its_middle_and_no_character(base, tmp_path):
-    path = write(tmp_path / "x.jsonl", {"prompt": "🙂" * 200, "completion": "漢" * 300})
+    path = write(tmp_path / "x.jsonl", {"prompt": "🙂" * 200, "completion": "漢" * 300 + "X"})
     text = shown(Run(base=base, data=Data(train=(path,), chat="never", length=4096)))
-    tokens = 4 * 200 + 3 * 300 + 1
-    assert f"1: {tokens:,} tokens, 901 of them trained" in text
+    tokens = 4 * 200 + 3 * 300 + 2
+    assert f"1: {tokens:,} tokens, 902 of them trained" in text
     hidden = tokens - 2 * EDGE
     head, tail = (
-        text.split("Samples")[1].split("\n\n")[0].split(f" … {hidden:,} tokens, {901 - EDGE} of them trained … ")
+        text.split("Samples")[1].split("\n\n")[0].split(f" … {hidden:,} tokens, {902 - EDGE} of them trained … ")
     )
     assert head.endswith("🙂" * (EDGE // 4))
-    assert re.fullmatch(r"«漢{53}</s>»", tail)  # 159 of the 160 last tokens are 53 characters of 3
+    assert re.fullmatch(r"«漢{53}X</s>»", tail)  # 158 of the last 160 tokens, so the first of the 53 began before them
 
 
 def test_records_cannot_send_codes_to_the_terminal(base, tmp_path):
@@ -270,6 +270,17 @@ def test_what_only_the_cluster_knows_is_left_open(base):
     assert text.count("per worker  ") == 2
     sharded = run.model_copy(update={"cluster": Cluster(workers=run.cluster.workers, zero=Zero(stage=3))})
     assert value(shown(sharded, "ray://head:10001"), "ZeRO stage") == "3: the base is sharded"
+
+
+def test_a_workers_share(base):
+    parameters = load_base(base).report.parameters
+    for stage, share in ((0, 1), (2, 1), (3, 2)):
+        cluster = Cluster(workers=Workers(min=2, max=2), zero=Zero(stage=stage))
+        text = shown(Run(base=base, cluster=cluster, method=Lora(rank=1, targets=("q_proj",))), "ray://head:1")
+        trained = 2 * (64 + 64)  # fp32 values and gradients, two moments, which stage 2 halves
+        state = trained * (12 if stage == 2 else 16)
+        said = f"base {parameters * 2 / share / 1024:.1f} KiB, delta with gradient and optimizer {state / 1024:.1f} KiB"
+        assert said in value(text, "per worker")
 
 
 def test_what_this_machine_does_not_have(base, tmp_path, monkeypatch):
