@@ -251,7 +251,7 @@ def from_pretrained(run: Any, dense: bool = False) -> tuple[Any, Any]:
 def share(train: Any, step: int, total: int) -> float:
     """Learning rate as a share of its peak: linear warm-up, then a cosine."""
     assert train.schedule == "cosine", "the peft side knows the cosine only"
-    warm = round(train.warmup * total)
+    warm: int = round(train.warmup * total)
     if step < warm:
         return (step + 1) / warm
     left = (1 + math.cos(math.pi * min(1.0, (step - warm) / (total - warm)))) / 2
