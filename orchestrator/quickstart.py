@@ -30,6 +30,7 @@ SETTINGS = (
     "method={type: lora, rank: 16, alpha: 32}",
     "train={steps: 40, batch_size: 16, rows_per_pass: 8, lr: 3.0e-3, eval_every: 20, checkpoint_every: 20}",
     "cluster.workers=2",
+    "cluster.gpus_per_worker=0",
 )
 """``jobs/runs/quickstart.yaml``, for an installed package that has no such file; a test holds them equal."""
 
