@@ -1,5 +1,6 @@
 """Launch a run: Ray Train workers, one mailbox, one writer to MLflow, and the delta published at its end."""
 
+import logging
 import secrets
 import shutil
 import signal
@@ -18,13 +19,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.config import Run, home
 from orchestrator.config.load import apply_overrides
-from orchestrator.delta import load_delta
+from orchestrator.delta import FILES, load_delta
 from orchestrator.errors import ClusterError, ConfigError, MantaError, RegistryError, TrainError
 from orchestrator.launch import ledger
 from orchestrator.launch.cluster import absolute_paths, join, require, restore_error, uses_gpu, worker_env
 from orchestrator.launch.mailbox import open_mailbox
 from orchestrator.launch.worker import train_worker
 from orchestrator.registry import Registry, TrackedRun, Version
+
+_log = logging.getLogger(__name__)
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Hears every event of the workers."""
@@ -79,10 +82,11 @@ def train(
         entry = replace(entry, run=_elsewhere(entry.run, overrides))
     run = Run.model_validate(entry.run) if entry else absolute_paths(run)
     registry = Registry(run.tracking)
+    parent = _parent(run.train.init_from, registry) if run.train.init_from and not entry else None
     join(address)
     gpu = uses_gpu(run)
     require(run, gpu=gpu)
-    entry = entry or _new_entry(run, registry)
+    entry = entry or _new_entry(run, parent)
     tracked = registry.start_run(run.name, _flat(run), _tags(run, entry), run_id=entry.mlflow_run)
     entry = replace(entry, mlflow_run=tracked.id)
     ledger.write(entry)
@@ -105,7 +109,7 @@ def _elsewhere(run: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return apply_overrides(run, overrides)
 
 
-def _new_entry(run: Run, registry: Registry) -> ledger.Entry:
+def _new_entry(run: Run, parent: Path | None) -> ledger.Entry:
     run_id = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     storage = run.cluster.storage or str(home() / "storage")
     if "://" not in storage:
@@ -114,19 +118,21 @@ def _new_entry(run: Run, registry: Registry) -> ledger.Entry:
             Path(storage).mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise ClusterError(f"cluster.storage {storage} cannot be written: {e}") from e
-    start = _start(run, registry, run_id) if run.train.init_from else None
-    return ledger.Entry(run_id, storage, run.model_dump(mode="json", exclude_unset=True), None, start)
+    start = None
+    if parent is not None:
+        start = home() / "runs" / f"{run_id}-start"  # outlives the folder it came from
+        shutil.copytree(parent, start, ignore=lambda _, names: set(names) - set(FILES))
+    return ledger.Entry(
+        run_id, storage, run.model_dump(mode="json", exclude_unset=True), None, str(start) if start else None
+    )
 
 
-def _start(run: Run, registry: Registry, run_id: str) -> str:
-    """The delta to continue from, checked, in a folder that outlives it."""
-    ref = run.train.init_from or ""
+def _parent(ref: str, registry: Registry) -> Path:
+    """The delta to continue from; checked here, before anything is started."""
     source = Path(ref).expanduser()
     found = source if source.is_dir() else registry.fetch(ref)
     load_delta(found)
-    kept = home() / "runs" / f"{run_id}-start"
-    shutil.copytree(found, kept)
-    return str(kept)
+    return found
 
 
 def _fit(
@@ -260,7 +266,11 @@ def _signals(mailbox: Any) -> Iterator[None]:
 
 
 def _finish(tracked: TrackedRun, status: str) -> None:
-    tracked.finish(status)
+    """End the MLflow run. A server that is away by now neither costs a delta that is written nor hides an error."""
+    try:
+        tracked.finish(status)
+    except RegistryError as e:
+        _log.warning("%s", e)
 
 
 def _reason(error: Exception) -> str:

@@ -1,10 +1,11 @@
 """What Ray Train calls on each rank."""
 
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import ray
 import ray.train
 
 from orchestrator.config import Run
-from orchestrator.errors import CheckpointError, MantaError
+from orchestrator.errors import CheckpointError, DeltaError, MantaError
+
+_MARGIN = 2**20
+"""Bytes to leave free beside a checkpoint: Ray keeps its list of checkpoints there."""
 
 
 class RayReporter:
@@ -23,6 +27,7 @@ class RayReporter:
         self._rank = ray.train.get_context().get_world_rank()
         self._asked: Any = None
         self._told = False
+        self._saved = ray.train.get_checkpoint() is not None
 
     def event(self, kind: str, values: dict[str, Any]) -> None:
         """To the driver, from the first rank."""
@@ -38,13 +43,34 @@ class RayReporter:
         with tempfile.TemporaryDirectory(prefix="manta-checkpoint-") as folder:
             try:
                 write(Path(folder))
+                self._require_room(Path(folder))
                 kept = ray.train.Checkpoint.from_directory(folder)
                 ray.train.report({"step": step}, checkpoint=kept, checkpoint_dir_name=name)
-            except OSError as e:
+            except (OSError, DeltaError) as e:
+                self._discard(name)
+                before = "the one before it is whole" if self._saved else "there is none before it"
                 raise CheckpointError(
-                    f"the checkpoint of step {step} cannot be written: {e}; the one before it is whole. "
-                    "Make room, then go on with --resume"
+                    f"the checkpoint of step {step} cannot be written: {e}; {before}. Make room, then go on with: "
+                    f"manta train --resume {ray.train.get_context().get_experiment_name()}"
                 ) from e
+        self._saved = True
+
+    def _require_room(self, folder: Path) -> None:
+        """Refuse before anything is written: a disk that fills up half-way would ruin Ray's list of checkpoints too."""
+        storage = ray.train.get_context().get_storage()
+        if storage.storage_filesystem.type_name != "local":
+            return
+        need = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) + _MARGIN
+        free = shutil.disk_usage(storage.storage_fs_path).free
+        if free < need:
+            shown = f"{need / 2**20:,.1f} MiB needed, {free / 2**20:,.1f} MiB free"
+            raise OSError(f"no space left in {storage.storage_fs_path} ({shown})")
+
+    def _discard(self, name: str) -> None:
+        """Leave nothing half-written behind."""
+        storage = ray.train.get_context().get_storage()
+        with suppress(OSError):
+            storage.storage_filesystem.delete_dir(storage.build_checkpoint_path_from_name(name))
 
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
