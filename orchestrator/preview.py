@@ -19,6 +19,7 @@ from rich.text import Text
 
 from orchestrator.base import compute_dtype, load_tokenizer
 from orchestrator.base.load import empty_model
+from orchestrator.base.model import count_weights
 from orchestrator.config import Method, Run, home
 from orchestrator.config.data import Source
 from orchestrator.data import Prepared, Sample, deal, pack, prepare
@@ -27,7 +28,7 @@ from orchestrator.errors import ConfigError
 from orchestrator.methods import METHODS, Bank, Scope
 from orchestrator.registry.address import resolve_address
 from orchestrator.train.worker import fill_slot, total_steps
-from orchestrator.train.zero import BYTES, choose_stage
+from orchestrator.train.zero import choose_stage, held_bytes
 
 SHOWN = 3
 """Samples, and reasons for left-out records, that are shown."""
@@ -269,17 +270,14 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
         knobs = fill_slot(Bank(model, base_id=run.base.id), run, None, parent)
     method = METHODS[knobs.type]
     sites = method.sites(knobs, scope)
-    base = sum(p.numel() for p in model.parameters())
-    layers = sum(o * i for o, i in scope.linears.values())
-    # Embeddings, head and norms keep the compute precision.
-    width = dtype.itemsize if run.base.quantize == "none" else BYTES[run.base.quantize]
+    base, layers = count_weights(model)
     return Sizes(
         method=knobs,
         sites=len(sites),
         trained=sum(math.prod(shape) for site in sites for shape in method.shapes(knobs, site, scope).values()),
         base=base,
         layers=layers,
-        held=round(layers * width + (base - layers) * dtype.itemsize),
+        held=held_bytes(run.base, parameters=base, linears=layers, itemsize=dtype.itemsize),
         fp32=dtype == torch.float32,
     )
 
@@ -384,9 +382,7 @@ def _stages(run: Run, place: Place, sizes: Sizes) -> list[int]:
     """The stage, or both where it depends on memory that only the workers know."""
     zero, ranks = run.cluster.zero, run.cluster.workers.min
     memories = (0, 1 << 62) if place.memory is None else (place.memory,)
-    count, fp32 = sizes.base, sizes.fp32
-    found = {choose_stage(zero, run.base, parameters=count, memory=m, ranks=ranks, fp32=fp32) for m in memories}
-    return sorted(found)
+    return sorted({choose_stage(zero, held=sizes.held, memory=m, ranks=ranks) for m in memories})
 
 
 def _share(run: Run, sizes: Sizes, stage: int) -> tuple[float, float]:

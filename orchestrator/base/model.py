@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from orchestrator.base.linear import linear_shape, linear_sites
 from orchestrator.errors import BaseModelError
 
 
@@ -23,6 +24,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not found:
         raise BaseModelError(f"{type(model).__name__}: no list of {count} transformer layers found")
     return min(found, key=lambda pair: pair[0].count("."))
+
+
+def count_weights(model: nn.Module) -> tuple[int, int]:
+    """Parameters of the model, and how many of them are weights of its layers' linears."""
+    _, layers = decoder_layers(model)
+    shapes = (linear_shape(module) for _, module in linear_sites(layers))
+    return sum(p.numel() for p in model.parameters()), sum(o * i for o, i in shapes)
 
 
 def head(model: Any) -> nn.Module:

@@ -75,13 +75,19 @@ def _plan(v: dict[str, Any]) -> str:
     return f"base: {v['parameters'] / 1e6:,.1f} M parameters on {v['ranks']} worker(s), {how}"
 
 
+def _loaded(v: dict[str, Any]) -> str:
+    here, total, alive = (v[key] / 2**20 for key in ("bytes_here", "bytes_total", "gathered_alive"))
+    gathered = f", {alive:,.1f} MiB still gathered after a forward pass" if v["stage"] == 3 else ""
+    return (
+        f"base: loaded in {v['seconds']:.1f} s, {here:,.1f} of {total:,.1f} MiB on the first worker, "
+        f"{v['quantized_fraction']:.0%} of the layers quantized{gathered}"
+    )
+
+
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "data": _data,
     "plan": _plan,
-    "loaded": lambda v: (
-        f"base: loaded in {v['seconds']:.1f} s, {v['bytes_here'] / 2**20:,.1f} of {v['bytes_total'] / 2**20:,.1f} MiB "
-        f"on the first worker, {v['quantized_fraction']:.0%} of the layers quantized"
-    ),
+    "loaded": _loaded,
     "eval": lambda v: f"step {v['step']}  eval loss {v['eval_loss']:.4f}  (best at step {v['best_step']})",
     "done": lambda v: f"training {v['why']} at step {v['step']}",
 }

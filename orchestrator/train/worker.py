@@ -12,10 +12,12 @@ import torch
 
 from orchestrator.base import compute_dtype, load_base, load_tokenizer, source_identity
 from orchestrator.base.load import empty_model
+from orchestrator.base.model import count_weights
+from orchestrator.base.monitor import GatherWatch
 from orchestrator.config import Method, Run
-from orchestrator.data import Prepared, prepare
+from orchestrator.data import Prepared, Row, Sample, collate, prepare
 from orchestrator.delta import check_base, load_delta
-from orchestrator.errors import MethodError, OutOfMemoryError
+from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError, TrainError
 from orchestrator.methods import METHODS, Bank
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.engine import Engine
@@ -25,7 +27,7 @@ from orchestrator.train.reporter import Reporter
 from orchestrator.train.step import Layout, Stepper
 from orchestrator.train.trial import Trial
 from orchestrator.train.writer import DeltaWriter
-from orchestrator.train.zero import BYTES, choose_stage
+from orchestrator.train.zero import choose_stage, held_bytes
 
 T = TypeVar("T")
 SLOT = 0
@@ -65,7 +67,6 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     dtype = compute_dtype(run.base, place.device)
     identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
     base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity)
-    reporter.event("loaded", base.report.as_dict())
     bank = Bank(base.model, device=place.device, base_id=run.base.id)
     with reporter.restored() as folder:
         restored = read_checkpoint(folder, run.name) if folder else None
@@ -77,6 +78,8 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     if run.train.recompute:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    alive = gathered_alive(model, bank, place.device) if engine.stage == 3 else 0
+    reporter.event("loaded", {**base.report.as_dict(), "stage": engine.stage, "gathered_alive": alive})
     loop = Loop(
         train=run.train,
         stepper=Stepper(model, bank, engine, causal_lm_loss, _layout(run, tokenizer)),
@@ -100,6 +103,27 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         ) from e
     finally:
         engine.close()
+
+
+def gathered_alive(model: Any, bank: Bank, device: torch.device) -> int:
+    """Bytes of gathered weights that are still held after a forward pass that a backward pass could follow.
+
+    Raises:
+        TrainError: most of what was gathered is: the base would be un-sharded by its first step.
+    """
+    row = Row(SLOT, [Sample([0] * 8, [True] * 8)])
+    batch = collate([row], pad_id=0)
+    with GatherWatch(model) as watch, bank.routed(batch.slot_BT, position_BT=batch.position_BT):
+        losses_N, _ = causal_lm_loss(model, batch.to(device))
+        alive = watch.alive_bytes()
+        if watch.gathered_bytes and alive > watch.gathered_bytes / 2:
+            raise TrainError(
+                f"{alive:,} of {watch.gathered_bytes:,} gathered bytes outlive the forward pass: something in "
+                f"{type(model).__name__} keeps its weights; train it with shard=0"
+            )
+        losses_N.sum().backward()  # type: ignore[no-untyped-call]
+    bank.zero_grad()
+    return alive
 
 
 def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Method:
@@ -145,7 +169,8 @@ def total_steps(run: Run, data: Prepared) -> int:
     """Optimizer steps of the run."""
     if run.train.steps:
         return run.train.steps
-    assert data.train.size is not None, "a streamed set needs train.steps"
+    if data.train.size is None:
+        raise ConfigError("a streamed set has no end: train.steps says when to stop")
     return max(1, -(-round(run.train.epochs * data.train.size) // run.train.batch_size))
 
 
@@ -162,14 +187,12 @@ def _layout(run: Run, tokenizer: Any) -> Layout:
 
 def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     dtype = compute_dtype(run.base, place.device)
-    with torch.random.fork_rng([]):
-        parameters = sum(p.numel() for p in empty_model(run.base, dtype).parameters())
+    parameters, linears = count_weights(empty_model(run.base, dtype))
+    held = held_bytes(run.base, parameters=parameters, linears=linears, itemsize=dtype.itemsize)
     memory, free = _memory(place)
-    fp32 = dtype == torch.float32
     zero = run.cluster.zero
-    stage = choose_stage(zero, run.base, parameters=parameters, memory=memory, ranks=place.ranks, fp32=fp32)
-    need = parameters * BYTES[run.base.quantize] * (2 if fp32 and run.base.quantize == "none" else 1)
-    share = need / place.ranks if stage == 3 and zero.offload == "none" else need if stage != 3 else 0
+    stage = choose_stage(zero, held=held, memory=memory, ranks=place.ranks)
+    share = held if stage != 3 else 0 if zero.offload == "cpu" else held // place.ranks
     if share > free:
         raise OutOfMemoryError(
             f"base {run.base.id} needs {share / 2**30:.1f} GiB on each of {place.ranks} workers (stage {stage}, "

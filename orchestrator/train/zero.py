@@ -4,11 +4,23 @@ from typing import Any
 
 from orchestrator.config import Base, Zero
 
-BYTES = {"nf4": 0.516, "int8": 1.0, "none": 2.0}
-"""Bytes per weight, quantization state included; ``none`` counts bf16 (fp32 is twice that)."""
+_BYTES = {"nf4": 0.516, "int8": 1.0}
+"""Bytes per quantized weight, quantization state included."""
 
 
-def choose_stage(zero: Zero, base: Base, *, parameters: int, memory: int, ranks: int, fp32: bool) -> int:
+def held_bytes(base: Base, *, parameters: int, linears: int, itemsize: int) -> int:
+    """Bytes of one whole copy of the base as it is held, about.
+
+    Args:
+        base: how it is held.
+        parameters: all of the base's.
+        linears: of these, weights of the layers' linears, which ``base.quantize`` is about.
+        itemsize: bytes of the compute precision, which all others keep.
+    """
+    return round(linears * _BYTES.get(base.quantize, itemsize) + (parameters - linears) * itemsize)
+
+
+def choose_stage(zero: Zero, *, held: int, memory: int, ranks: int) -> int:
     """The ZeRO stage of a run.
 
     ``auto`` replicates the base where one copy fills at most half of a device, else shards it: gathering costs time,
@@ -16,16 +28,13 @@ def choose_stage(zero: Zero, base: Base, *, parameters: int, memory: int, ranks:
 
     Args:
         zero: what the config asks for.
-        base: how the base is held.
-        parameters: of the base.
+        held: bytes of one copy of the base.
         memory: bytes of one rank's device.
         ranks: number of ranks.
-        fp32: whether unquantized weights are held in fp32.
     """
     if zero.stage != "auto":
         return zero.stage
-    copy = parameters * BYTES[base.quantize] * (2 if fp32 and base.quantize == "none" else 1)
-    return 3 if ranks > 1 and (copy > memory / 2 or zero.offload == "cpu") else 0
+    return 3 if ranks > 1 and (held > memory / 2 or zero.offload == "cpu") else 0
 
 
 def deepspeed_config(zero: Zero, *, rows_per_pass: int, cpu: bool) -> dict[str, Any]:
