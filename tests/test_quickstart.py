@@ -31,3 +31,26 @@ def test_quickstart_teaches_and_serves(tmp_path: Path) -> None:
     assert "sharded over them (ZeRO-3)" in done.stderr
     assert f"sqlite:///{tmp_path}/mlflow.db" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+    keep_commands(env, tmp_path)
+
+
+def keep_commands(env: dict[str, str], folder: Path) -> None:
+    """The README's commands on what the quickstart left."""
+
+    def manta(*words: str) -> str:
+        command = [str(Path(sys.executable).with_name("manta")), *words]
+        done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    manta("deltas", "promote", "quickstart:1")
+    assert "champion" in manta("deltas", "show", "quickstart")
+    manta("deltas", "export", "quickstart", "--peft", "./plain")
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (folder / "plain").iterdir()}
+    manta("deltas", "export", "quickstart", "--merged", "./dense", "--base", "demo")
+    assert (folder / "dense" / "config.json").is_file()
+    manta("deltas", "import", "./plain", "--name", "imported", "--base", "demo")
+    listed = manta("deltas", "list")
+    assert "quickstart" in listed
+    assert "imported" in listed
+    manta("deltas", "gc")

@@ -1,0 +1,88 @@
+"""Every command in the README: settings parse, options exist, paths are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from orchestrator.cli import app, split
+from orchestrator.config.load import load_run, load_serving
+
+README = Path("README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for kind, block in BLOCKS
+    if kind == "console"
+    for line in block.splitlines()
+    if line.strip() and not line.startswith("#")
+]
+
+
+def words(command: list[str]) -> tuple[list[str], list[str]]:
+    """Settings and files, and options, of a ``manta train`` or ``manta serve``."""
+    rest, options = [], []
+    skip = False
+    for word in command[2:]:
+        if word.startswith("--"):
+            options.append(word)
+            skip = word in ("--resume", "--address")
+        elif not skip:
+            rest.append(word)
+        else:
+            skip = False
+    return rest, options
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_of_the_readme_is_one(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if command[0] == "make":
+        assert re.search(rf"^{command[1]}:", Path("Makefile").read_text(), re.M)
+    elif command[0] == "ray":
+        at = command.index("python")
+        assert Path(command[at + 1]).is_file()
+        read = load_serving if "serve" in command[at + 1] else load_run
+        read(*split(command[at + 2 :]))
+    elif command[0] == "manta" and command[1] in ("train", "serve"):
+        rest, options = words(command)
+        Path(tmp_path, "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+        rest = [w.replace("data=my.jsonl", f"data={tmp_path}/my.jsonl") for w in rest]
+        (load_serving if command[1] == "serve" else load_run)(*split(rest))
+        shown = CliRunner().invoke(app, [command[1], "--help"], env={"COLUMNS": "200"}).output
+        assert all(option in shown for option in options)
+    elif command[0] == "manta":
+        deep = [w for w in command[1:3] if w.isalpha()] if command[1] == "deltas" else command[1:2]
+        result = CliRunner().invoke(app, [*deep, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        assert all(w in result.output for w in command if w.startswith("--"))
+    else:
+        assert command[0] in ("mlflow", "source")
+
+
+def test_the_run_file_of_the_readme_reads(tmp_path: Path) -> None:
+    text = next(block for kind, block in BLOCKS if kind == "yaml")
+    for name in ("tickets.jsonl", "manuals"):
+        assert name in text
+    Path(tmp_path, "tickets.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path(tmp_path, "manuals").mkdir()
+    Path(tmp_path, "manuals", "a.parquet").write_bytes(b"")
+    text = text.replace("tickets.jsonl", f"{tmp_path}/tickets.jsonl").replace("manuals/", f"{tmp_path}/manuals/")
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    run = load_run(file)
+    assert (run.cluster.workers.max, run.method.rank, run.train.early_stopping) == (8, 16, 3)
+
+
+def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
+    measured = Path("jobs/bench/gpu.md").read_text().replace("Manta, replicated (shard: 0)", "Manta")
+    rows = [line for line in README.splitlines() if re.match(r"\| (peft|Manta).*\| (yes|no) \|", line)]
+    assert len(rows) == 6
+    assert all(row in measured for row in rows)
+
+
+def test_paths_named_in_the_readme_exist() -> None:
+    named = set(re.findall(r"`((?:jobs|orchestrator|tests)/[\w./-]+)`", README))
+    assert named
+    assert all(Path(path).exists() for path in named), named
