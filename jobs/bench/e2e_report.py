@@ -11,6 +11,8 @@ from typing import Any
 
 NEAR = 0.5
 """BLEU points that a delta of ours may lie below one of peft's."""
+UNEQUAL = 1.0
+"""Difference in load from which speeds by the clock cannot be compared."""
 TITLES = {
     "ours": "Manta",
     "theirs": "peft + transformers",
@@ -70,6 +72,7 @@ def report(
         ),
         ratios(got, seeds),
         "## Samples",
+        "Every n-th prompt, not chosen.",
         *samples(records, said["ours", seeds[0]]["answers"], said["theirs", seeds[0]]["answers"]),
     ]
     return "\n\n".join(pieces) + "\n"
@@ -132,14 +135,22 @@ def ratios(got: dict[tuple[str, int], Any], seeds: Sequence[int]) -> str:
         f"{got['ours', s]['peak_gib'] * got['ours', s]['processes'] / got['theirs', s]['peak_gib']:.2f}" for s in seeds
     )
     wall = ", ".join(f"{got['ours', s]['wall_s']:.0f} to {got['theirs', s]['wall_s']:.0f} s" for s in seeds)
+    clock = (
+        f"{ratio('tokens_per_s')} in tokens/s of the median step; from start to delta, on our side with tokenizing, "
+        f"checkpoints, tracking and registering, {wall}."
+    )
+    if any(abs(got["ours", s]["load"] - got["theirs", s]["load"]) > UNEQUAL for s in seeds):
+        clock += (
+            " **Others used the machine, and not equally much (see the load), so these two say nothing of the "
+            "software**; tokens per CPU second suffer less from that."
+        )
     return (
-        f"Manta by peft + transformers: {ratio('tokens_per_s')} in tokens/s, {ratio('tokens_per_cpu_s')} in tokens per "
-        f"CPU second, {ratio('peak_gib')} in memory of a process, {total} in memory of all processes. From start to "
-        f"delta, with loading, tokenizing, checkpoints, tracking and registering on our side: {wall}. Tokens/s are of "
-        "the median step and count no padding; load is that of the last five minutes, of which the run's own part is "
-        "the number of workers. Memory is resident memory, looked at twice a second: for a base of a few MiB it is "
-        "nearly all libraries, so it says nothing about large ones. Tokens per CPU second count all of a training "
-        "process's threads from the second step on, checkpoints included."
+        f"Manta by peft + transformers: {ratio('tokens_per_cpu_s')} in tokens per CPU second, {ratio('peak_gib')} in "
+        f"memory of a process, {total} in memory of all training processes; {clock}\n\n"
+        "No figure counts padding. Load is that of the last five minutes at the end; the run's own part of it is "
+        "about the number of cores. CPU seconds are those of all threads of the training processes from the second "
+        "step on, checkpoints included, Ray's and the driver's own processes not. Memory is resident memory, looked "
+        "at twice a second: for a base of a few MiB it is nearly all libraries, so it says nothing about large ones."
     )
 
 
