@@ -1,6 +1,6 @@
 """Throughput of the serving engine beside transformers' ``generate``, one request after the other.
 
-``python jobs/bench/serve.py [--requests 32] [--tokens 64] [--deltas 4] [--rank 8] [--base demo] [--quantize none]``
+``python jobs/bench/serving.py [--requests 32] [--tokens 64] [--deltas 4] [--rank 8] [--base demo] [--quantize none]``
 prints one row per arrangement: base only, then mixed deltas, each with its ratio to ``generate`` on the bare base.
 """
 
