@@ -20,10 +20,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.config import Run, home
 from orchestrator.config.load import apply_overrides
 from orchestrator.delta import FILES, load_delta
-from orchestrator.errors import ClusterError, ConfigError, MantaError, RegistryError, TrainError
+from orchestrator.errors import CheckpointError, ClusterError, ConfigError, MantaError, RegistryError, TrainError
 from orchestrator.launch import ledger
 from orchestrator.launch.cluster import absolute_paths, join, require, restore_error, uses_gpu, worker_env
 from orchestrator.launch.mailbox import open_mailbox
+from orchestrator.launch.storage import as_checkpoint, is_full, rescue
 from orchestrator.launch.worker import train_worker
 from orchestrator.registry import Registry, TrackedRun, Version
 
@@ -140,12 +141,14 @@ def _fit(
 ) -> tuple[str, dict[str, float], Any]:
     mailbox = open_mailbox()
     workers = run.cluster.workers
+    rescued = rescue(entry.storage, entry.id, run.name)
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={
             "run": entry.run,
             "mailbox": mailbox,
             "start": entry.start,
+            "rescued": rescued,
             "threads": 0 if gpu else max(1, int(run.cluster.cpus_per_worker)),
         },
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -171,16 +174,22 @@ def _fit(
     except Exception as e:
         if fatal := ray.get(mailbox.fatal.remote()):
             raise restore_error(*fatal) from None
+        if is_full(e):
+            raise CheckpointError(
+                f"no space left in {entry.storage}; the checkpoints before are whole. Make room, then go on with: "
+                f"manta train --resume {entry.id}"
+            ) from e
         raise TrainError(
             f"the workers failed: {_reason(e)}. Go on from the last checkpoint with: manta train --resume {entry.id}"
         ) from e
     if fatal := ray.get(mailbox.fatal.remote()):
         raise restore_error(*fatal)
-    if "why" not in last or result.checkpoint is None:
+    checkpoint = result.checkpoint or as_checkpoint(rescued)
+    if "why" not in last or checkpoint is None:
         raise TrainError(f"the workers ended without a word; go on with: manta train --resume {entry.id}")
     why = last.pop("why")
     last.pop("step", None)
-    return why, {k: float(v) for k, v in last.items()}, result.checkpoint
+    return why, {k: float(v) for k, v in last.items()}, checkpoint
 
 
 def _publish(

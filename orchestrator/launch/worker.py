@@ -14,6 +14,7 @@ import ray.train
 
 from orchestrator.config import Run
 from orchestrator.errors import CheckpointError, DeltaError, MantaError
+from orchestrator.launch.storage import as_checkpoint
 
 _MARGIN = 2**20
 """Bytes to leave free beside a checkpoint: Ray keeps its list of checkpoints there."""
@@ -22,12 +23,13 @@ _MARGIN = 2**20
 class RayReporter:
     """A ``Reporter`` over Ray Train and the mailbox."""
 
-    def __init__(self, mailbox: Any) -> None:
+    def __init__(self, mailbox: Any, rescued: str | None = None) -> None:
         self._mailbox = mailbox
         self._rank = ray.train.get_context().get_world_rank()
         self._asked: Any = None
         self._told = False
-        self._saved = ray.train.get_checkpoint() is not None
+        self._kept = ray.train.get_checkpoint() or as_checkpoint(rescued)
+        self._saved = self._kept is not None
 
     def event(self, kind: str, values: dict[str, Any]) -> None:
         """To the driver, from the first rank."""
@@ -75,11 +77,10 @@ class RayReporter:
     @contextmanager
     def restored(self) -> Iterator[Path | None]:
         """The latest checkpoint of this run, on any world size."""
-        kept = ray.train.get_checkpoint()
-        if kept is None:
+        if self._kept is None:
             yield None
             return
-        with kept.as_directory() as folder:
+        with self._kept.as_directory() as folder:
             yield Path(folder)
 
     def stop_reason(self) -> str | None:
@@ -130,7 +131,7 @@ def _work(config: dict[str, Any], mailbox: Any) -> None:
         local_ranks=context.get_local_world_size(),
         device=get_device(),
     )
-    reporter = RayReporter(mailbox)
+    reporter = RayReporter(mailbox, config["rescued"])
     reporter.event("started", {"ranks": place.ranks, "device": str(place.device), "at": time.time()})
     start = Path(config["start"]) if config["start"] else None
     work(Run.model_validate(config["run"]), place, reporter, start=start)
