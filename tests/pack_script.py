@@ -3,12 +3,10 @@
 Run by test_zero3.py, once a rank; writes what each trial saw.
 """
 
-import gc
 import json
 import os
 import random
 import sys
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.base import NF4Linear, load_base
+from orchestrator.base.monitor import GatherWatch
 from orchestrator.config import Base, Lora, Train, Zero
 from orchestrator.data import Sample
 from orchestrator.methods import Bank
@@ -59,7 +58,7 @@ def main(out: str, base: str, slots: list[int], stage: int, recompute: bool = Fa
     if recompute:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    watched = watch(model)
+    watch = GatherWatch(model)
     stepper = Stepper(model, bank, engine, causal_lm_loss, Layout(length=64, rows_per_pass=2, packing=True, pad_id=0))
     trials: dict[int, Trial] = {}
     losses: dict[int, list[float]] = {slot: [] for slot in slots}
@@ -81,9 +80,9 @@ def main(out: str, base: str, slots: list[int], stage: int, recompute: bool = Fa
         for slot, trial in trials.items():
             losses[slot].append(got[slot])
             trial.update()
-        gc.collect()
-        alive.append(sum(size for ref, size in watched if ref() is not None))
-        watched.clear()
+        assert stage < 3 or ranks == 1 or watch.gathered_bytes
+        alive.append(watch.alive_bytes())
+        watch.reset()
     packed = [m.weight for m in model.modules() if isinstance(m, NF4Linear)]
     held = sum(getattr(p, "ds_tensor", p).numel() for p in packed)
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in packed)
@@ -91,21 +90,6 @@ def main(out: str, base: str, slots: list[int], stage: int, recompute: bool = Fa
     Path(out, f"{rank}.json").write_text(json.dumps(report))
     engine.close()
     dist.destroy_process_group()
-
-
-def watch(model: Any) -> list[tuple[Any, int]]:
-    """Weak references to the storage of every weight that a forward pass gathers."""
-    seen: list[tuple[Any, int]] = []
-
-    def look(module: Any, args: Any) -> None:
-        if hasattr(module.weight, "ds_id"):
-            storage = module.weight.data.untyped_storage()
-            seen.append((weakref.ref(storage), storage.nbytes()))
-
-    for module in model.modules():
-        if isinstance(module, NF4Linear):
-            module.register_forward_pre_hook(look)
-    return seen
 
 
 if __name__ == "__main__":
