@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -24,6 +25,15 @@ from orchestrator.methods import METHODS, Bank
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+
+
+def wait_until_free(port: int, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"port {port} is still taken")
 
 
 def free_port():
@@ -104,8 +114,7 @@ def test_an_endpoint_answers_swaps_its_deltas_and_goes(cluster, base, tmp_path):
             serve(config, block=False)
     finally:
         endpoint.stop()
-    with socket.create_server(("127.0.0.1", config.port)):
-        pass
+    wait_until_free(config.port)  # the proxy lets go of it a moment later
 
 
 @pytest.mark.slow

@@ -126,5 +126,7 @@ def _import_deepspeed() -> Any:
         import deepspeed
     except ImportError as e:
         raise TrainError(f"stage 3 needs deepspeed, which does not import: {e}") from e
+    # Its all-reduce through shared memory would be compiled at the first run, for a minute, and is never called here.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
