@@ -7,7 +7,6 @@ from pathlib import Path
 
 import peft
 import pytest
-import ray
 import torch
 from mlflow.tracking import MlflowClient
 from transformers import AutoModelForCausalLM
@@ -139,25 +138,16 @@ def test_only_the_last_checkpoints_are_kept(done: Done) -> None:
 
 @pytest.mark.slow
 def test_an_elastic_run_starts_with_the_workers_that_are_there(cluster: str, base: Path, tmp_path: Path) -> None:
-    @ray.remote(num_cpus=1)
-    class Tenant:
-        def here(self) -> bool:
-            return True
-
-    tenant = Tenant.remote()  # one of the two cores is taken
-    ray.get(tenant.here.remote())
-    try:
-        heard = Heard()
-        run = small(
-            f"base={base}",
-            "cluster.workers={min: 1, max: 2}",
-            f"cluster.storage={tmp_path}",
-            "train.steps=3",
-            f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
-        )
-        outcome = train(run, listen=heard)
-    finally:
-        ray.kill(tenant)
+    heard = Heard()
+    run = small(
+        f"base={base}",
+        "cluster.workers={min: 1, max: 2}",
+        "cluster.cpus_per_worker=2",  # the cluster has two cores: one worker fits
+        f"cluster.storage={tmp_path}",
+        "train.steps=3",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+    )
+    outcome = train(run, listen=heard)
     assert outcome.why == "finished"
     assert heard.of("started", "ranks") == [1]
 
