@@ -136,6 +136,22 @@ def test_only_the_last_checkpoints_are_kept(done: Done) -> None:
     assert size < 4 * 2**20, "checkpoints hold deltas, not the base"
 
 
+@pytest.mark.slow
+def test_an_elastic_run_starts_with_the_workers_that_are_there(cluster: str, base: Path, tmp_path: Path) -> None:
+    heard = Heard()
+    run = small(
+        f"base={base}",
+        "cluster.workers={min: 1, max: 2}",
+        "cluster.cpus_per_worker=2",  # the cluster has two cores: one worker fits
+        f"cluster.storage={tmp_path}",
+        "train.steps=3",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+    )
+    outcome = train(run, listen=heard)
+    assert outcome.why == "finished"
+    assert heard.of("started", "ranks") == [1]
+
+
 # ---- the loop, in this process
 
 
