@@ -1,15 +1,12 @@
-"""Serve a base and its deltas: ``python jobs/serve.py jobs/runs/serve.yaml [key=value ...]``."""
+"""Serve a base and its deltas: ``python jobs/serve.py jobs/runs/serve.yaml [key=value ...]``, here or as a Ray job."""
 
 import sys
+from pathlib import Path
 
-from orchestrator.config.load import load_serving
-from orchestrator.errors import MantaError
-from orchestrator.launch.serve import serve
+# A job's upload is not installed; the folder above this one is where the package lies.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from orchestrator.cli import main
 
 if __name__ == "__main__":
-    files = [word for word in sys.argv[1:] if "=" not in word]
-    try:
-        serve(load_serving(files[0] if files else None, [word for word in sys.argv[1:] if "=" in word]))
-    except MantaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    main(["serve", *sys.argv[1:]])

@@ -50,6 +50,8 @@ def train(
     if resume and path:
         raise ConfigError("--resume takes the run as it was started; leave the file out")
     run = load_run(path, () if resume else overrides)
+    if dry_run and resume:
+        raise ConfigError("--dry-run shows a run that has not begun; leave --resume out")
     if dry_run:
         from orchestrator.preview import preview
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from orchestrator.config import Run, Serving
 from orchestrator.config.load import load_run
 from orchestrator.data.demo import demo_records
-from orchestrator.errors import ServeError
+from orchestrator.errors import ServeError, TrainError
 from orchestrator.launch.progress import ProgressPrinter
 from orchestrator.launch.serve import serve
 from orchestrator.launch.train import train
@@ -50,7 +50,8 @@ def quickstart(*, keep: bool) -> None:
     with ProgressPrinter() as progress:
         outcome = train(quickstart_run(), listen=progress)
     tell(outcome, console)
-    assert outcome.version is not None
+    if outcome.version is None:
+        raise TrainError(f"the training was {outcome.why}; begin again with: manta quickstart")
     console.rule("2  serve: the base and its delta, one copy of the weights")
     name = f"{outcome.version.name}:{outcome.version.version}"
     endpoint = serve(Serving(deltas=(name,), port=_port(), length=512), block=False)

@@ -128,14 +128,15 @@ def test_a_stopped_run_goes_on_at_another_world_size(undisturbed: Done, base: Pa
 
 
 @pytest.mark.slow
-def test_sigterm_at_the_command_writes_a_checkpoint_and_resume_goes_on(
-    cluster: str, undisturbed: Done, base: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_writes_a_checkpoint_and_resume_goes_on(
+    number: signal.Signals, cluster: str, undisturbed: Done, base: Path, tmp_path: Path
 ) -> None:
     process = command("train", *settings(base, tmp_path), "--address", cluster)
     wait_for(process, "step 1/")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, told = process.communicate(timeout=120)
-    assert process.returncode == 143, told
+    assert process.returncode == 128 + number, told
     assert "Traceback" not in told
     run_id = told.split("--resume ")[1].split()[0]
     again = command("train", "--resume", run_id, "--address", cluster)

@@ -39,9 +39,3 @@ def head(model: Any) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise BaseModelError(f"{type(model).__name__} has no language-model head; causal_lm needs one")
     return module
-
-
-def embedding(model: Any) -> nn.Module:
-    """The input embedding."""
-    module: nn.Module = model.get_input_embeddings()
-    return module

@@ -18,7 +18,7 @@ from orchestrator.config.train import Train
 
 Problem = tuple[str, str]
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".bz2", ".xz")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """A name that ends in one of these is a file, not a hub data set."""
 
 _REFUSED_WITH_QUANTIZED = {
@@ -32,8 +32,8 @@ _OWN_KNOBS = {
     "stage3_param_persistence_threshold": "cluster.zero.persistence_threshold",
     "offload_param": "cluster.zero.offload",
 }
-_REFERENCE = re.compile(NAME_PATTERN[:-1] + r"(?::[1-9]\d*|@[A-Za-z0-9_-]+)?$")
-_ALIAS = re.compile(r"^(?!latest$)(?!v\d+$)[A-Za-z0-9_-]+$")
+_REFERENCE = re.compile(NAME_PATTERN[:-1] + r"(?::[1-9]\d*|@[a-z][a-z0-9_-]{0,62})?$")
+_ALIAS = re.compile(r"^(?!latest$)(?!v\d+$)[a-z][a-z0-9_-]{0,62}$")
 
 
 def problems(run: Run) -> list[Problem]:
@@ -43,6 +43,7 @@ def problems(run: Run) -> list[Problem]:
         *_base(run.base),
         *_data(run.data, run.train),
         *_train(run.data, run.train),
+        *_flash(run),
         *_cluster(run.base, run.cluster),
         *_tracking(run.tracking, run.base),
         *_name(run),
@@ -184,6 +185,12 @@ def _name(run: Run) -> Iterator[Problem]:
         yield "name", f"{run.name} is the base's own name; requests could not tell them apart"
 
 
+def _flash(run: Run) -> Iterator[Problem]:
+    # transformers finds packed sequences for flash attention in a batch of one row only.
+    if run.base.attention == "flash_attention_2" and run.data.packing and run.train.rows_per_pass > 1:
+        yield "base.attention", "flash_attention_2 packs one row a pass: train.rows_per_pass: 1, or data.packing: false"
+
+
 def _tracking(tracking: Tracking, base: Base) -> Iterator[Problem]:
     if (name := tracking.register_as) is not None:
         if not re.match(NAME_PATTERN, name):
@@ -193,7 +200,7 @@ def _tracking(tracking: Tracking, base: Base) -> Iterator[Problem]:
     if tracking.alias is not None and not _ALIAS.match(tracking.alias):
         yield (
             "tracking.alias",
-            f"got {tracking.alias!r}; letters, digits, _ and - are allowed, except latest and v<number>",
+            f"got {tracking.alias!r}; a lower-case letter, then such, digits, _ and -; neither latest nor v<number>",
         )
 
 

@@ -75,4 +75,4 @@ class Tracking(Strict):
     tags: dict[str, str] = {}
     """Free tags on run and version."""
     system_metrics: bool = True
-    """Log CPU, memory and GPU use."""
+    """Log CPU, memory and GPU use of the driver's machine."""

@@ -12,7 +12,7 @@ from orchestrator.errors import ClusterError, TrainError
 
 
 def join(address: str | None = None) -> None:
-    """Connect to the cluster at ``address``, else the one this job was submitted to, else start a local one.
+    """Connect to the cluster at ``address``, else this job's own, else one that runs here, else start a local one.
 
     Raises:
         ClusterError: there is none at the address, or it runs other versions.
@@ -73,6 +73,12 @@ def require(run: Run, *, gpu: bool) -> None:
             f"{need} workers need a GPU each, the cluster has {total.get('GPU', 0):g}; lower cluster.workers, set "
             "cluster.gpus_per_worker=0, or set MANTA_AUTOSCALING=1 where an autoscaler will add nodes"
         )
+    largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
+    if largest < run.cluster.cpus_per_worker:
+        raise ClusterError(
+            f"a worker needs {run.cluster.cpus_per_worker:g} CPU on one node, the largest has {largest:g}; lower "
+            "cluster.cpus_per_worker, or set MANTA_AUTOSCALING=1"
+        )
     if total.get("CPU", 0) < cpus:
         raise ClusterError(
             f"{need} workers of {run.cluster.cpus_per_worker:g} CPU need {cpus:g}, the cluster has "
@@ -81,8 +87,8 @@ def require(run: Run, *, gpu: bool) -> None:
 
 
 def worker_env(*, gpu: bool) -> dict[str, str]:
-    """Environment of the workers."""
-    passed = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "MANTA_HOME", "OMP_NUM_THREADS")
+    """Environment of the workers. No secret: Ray shows it; a node has its own HF_TOKEN, a local one this process's."""
+    passed = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "MANTA_HOME", "OMP_NUM_THREADS")
     env = {key: os.environ[key] for key in passed if key in os.environ}
     env |= {"TOKENIZERS_PARALLELISM": "false", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     return env if gpu else env | {"DS_ACCELERATOR": "cpu"}

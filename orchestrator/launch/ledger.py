@@ -31,6 +31,7 @@ def write(entry: Entry) -> None:
     path = _path(entry.id)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
+    part.touch(mode=0o600)  # a tracking URI may hold a password
     part.write_text(json.dumps(asdict(entry), indent=2))
     part.replace(path)
 

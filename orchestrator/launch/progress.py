@@ -61,6 +61,7 @@ def _clock(seconds: float) -> str:
 
 def _data(v: dict[str, Any]) -> str:
     cut = f", {v['truncated']} truncated" if v.get("truncated") else ""
+    cut += f", {v['dropped']} dropped (nothing left to learn)" if v.get("dropped") else ""
     skipped = f", {v['skipped']} bad records skipped" if v.get("skipped") else ""
     return (
         f"data: {v.get('samples') or 'streamed'} samples, {v.get('tokens', 0):,} tokens, "
@@ -84,10 +85,15 @@ def _loaded(v: dict[str, Any]) -> str:
     )
 
 
+def _warning(v: dict[str, Any]) -> str:
+    return f"[yellow]warning: {v['text']}[/yellow]"
+
+
 _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "data": _data,
     "plan": _plan,
     "loaded": _loaded,
+    "warning": _warning,
     "eval": lambda v: f"step {v['step']}  eval loss {v['eval_loss']:.4f}  (best at step {v['best_step']})",
     "done": lambda v: f"training {v['why']} at step {v['step']}",
 }

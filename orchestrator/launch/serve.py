@@ -220,7 +220,7 @@ def _application(config: Serving, gpus: int) -> Any:
 
 
 def _tracking_env() -> dict[str, str]:
-    names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    names = ("MLFLOW_TRACKING_URI",)  # no secret: Ray shows it; a node has its own credentials
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

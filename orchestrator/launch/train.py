@@ -26,12 +26,14 @@ from orchestrator.launch.cluster import absolute_paths, join, require, restore_e
 from orchestrator.launch.mailbox import open_mailbox
 from orchestrator.launch.storage import as_checkpoint, is_full, rescue
 from orchestrator.launch.worker import train_worker
-from orchestrator.registry import Registry, TrackedRun, Version
+from orchestrator.registry import Registry, TrackedRun, Version, check_alias, check_name
 
 _log = logging.getLogger(__name__)
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Hears every event of the workers."""
+_PATIENCE_S = 4 * 3600
+"""A worker waits this long for the first one, which may be tokenizing a large set for all."""
 _METRICS = {"step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"), "eval": ("eval_loss",)}
 
 
@@ -83,15 +85,19 @@ def train(
         entry = replace(entry, run=_elsewhere(entry.run, overrides))
     run = Run.model_validate(entry.run) if entry else absolute_paths(run)
     registry = Registry(run.tracking)
+    check_name(run.tracking.register_as or run.name)
+    if run.tracking.alias:
+        check_alias(run.tracking.alias)
     parent = _parent(run.train.init_from, registry) if run.train.init_from and not entry else None
     join(address)
     gpu = uses_gpu(run)
     require(run, gpu=gpu)
     entry = entry or _new_entry(run, parent)
-    tracked = registry.start_run(run.name, _flat(run), _tags(run, entry), run_id=entry.mlflow_run)
+    settings = run.model_dump(mode="json", exclude={"tracking"})
+    tracked = registry.start_run(run.name, settings, _tags(run, entry), run_id=entry.mlflow_run)
     entry = replace(entry, mlflow_run=tracked.id)
-    ledger.write(entry)
     try:
+        ledger.write(entry)
         why, metrics, checkpoint = _fit(run, entry, tracked, gpu=gpu, listen=listen or (lambda *_: None))
         outcome = _publish(run, entry, registry, tracked, why, metrics, checkpoint)
     except BaseException as e:
@@ -123,9 +129,9 @@ def _new_entry(run: Run, parent: Path | None) -> ledger.Entry:
     if parent is not None:
         start = home() / "runs" / f"{run_id}-start"  # outlives the folder it came from
         shutil.copytree(parent, start, ignore=lambda _, names: set(names) - set(FILES))
-    return ledger.Entry(
-        run_id, storage, run.model_dump(mode="json", exclude_unset=True), None, str(start) if start else None
-    )
+    pinned = run.model_dump(mode="json")  # a later version's defaults do not change a run that is under way
+    pinned["method"] = run.method.model_dump(mode="json", exclude_unset=start is not None) | {"type": run.method.type}
+    return ledger.Entry(run_id, storage, pinned, None, str(start) if start else None)
 
 
 def _parent(ref: str, registry: Registry) -> Path:
@@ -142,16 +148,16 @@ def _fit(
     mailbox = open_mailbox()
     workers = run.cluster.workers
     rescued = rescue(entry.storage, entry.id, run.name)
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         train_worker,
         train_loop_config={
-            "run": entry.run,
+            "run": _without_uri(entry.run),
             "mailbox": mailbox,
-            "start": entry.start,
+            "start": _files(entry.start),
             "rescued": rescued,
             "threads": 0 if gpu else max(1, int(run.cluster.cpus_per_worker)),
         },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_PATIENCE_S),
         scaling_config=ScalingConfig(
             num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
             use_gpu=gpu,
@@ -192,6 +198,16 @@ def _fit(
     return why, {k: float(v) for k, v in last.items()}, checkpoint
 
 
+def _without_uri(run: dict[str, Any]) -> dict[str, Any]:
+    """Workers do not track, and a URI may hold a password."""
+    return {**run, "tracking": {k: v for k, v in run.get("tracking", {}).items() if k != "uri"}}
+
+
+def _files(folder: str | None) -> dict[str, bytes] | None:
+    """The delta to continue from, to be sent to every node."""
+    return {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.name in FILES} if folder else None
+
+
 def _publish(
     run: Run,
     entry: ledger.Entry,
@@ -226,6 +242,13 @@ def _publish(
     return Outcome(entry.id, why, delta, metrics, version, registry.uri)
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer, without its SIGINT handler: that one aborts, ours writes a checkpoint first."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
 @contextmanager
 def _drained(mailbox: Any, tracked: TrackedRun, listen: Listener, last: dict[str, Any]) -> Iterator[None]:
     """Events go to MLflow and the listener from one thread of the driver, the only writer."""
@@ -239,7 +262,10 @@ def _drained(mailbox: Any, tracked: TrackedRun, listen: Listener, last: dict[str
                     last.update(values)
                 if keys := _METRICS.get(kind):
                     tracked.log({k: values[k] for k in keys if k in values}, step=values["step"])
-                listen(kind, values)
+                try:
+                    listen(kind, values)
+                except Exception:  # a closed terminal, say, does not cost a run
+                    _log.warning("the listener failed at %s", kind, exc_info=True)
             if over:
                 return
             ended.wait(0.3)
@@ -267,7 +293,6 @@ def _signals(mailbox: Any) -> Iterator[None]:
         seen.append(number)
         mailbox.stop.remote(f"stopped by {signal.Signals(number).name}")
 
-    # Ray sets its own SIGINT handler in fit() and puts ours back after it; a checkpoint matters more.
     with ExitStack() as stack:
         for number in (signal.SIGTERM, signal.SIGINT):
             stack.callback(signal.signal, number, signal.signal(number, stop))
@@ -287,20 +312,6 @@ def _reason(error: Exception) -> str:
     inner = next(iter(failures.values()), error) if failures else error
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(inner).__name__
-
-
-def _flat(run: Run) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", run.model_dump(mode="json", exclude={"tracking"}))
-    return flat
 
 
 def _tags(run: Run, entry: ledger.Entry) -> dict[str, str]:

@@ -34,7 +34,9 @@ class RayReporter:
     def event(self, kind: str, values: dict[str, Any]) -> None:
         """To the driver, from the first rank."""
         if self._rank == 0:
-            self._mailbox.put.remote(kind, values)
+            said = self._mailbox.put.remote(kind, values)
+            if kind == "done":
+                ray.get(said)  # the last word must not be lost with the worker
 
     def checkpoint(self, step: int, write: Callable[[Path], None]) -> None:
         """Into the run's storage."""
@@ -133,5 +135,8 @@ def _work(config: dict[str, Any], mailbox: Any) -> None:
     )
     reporter = RayReporter(mailbox, config["rescued"])
     reporter.event("started", {"ranks": place.ranks, "device": str(place.device), "at": time.time()})
-    start = Path(config["start"]) if config["start"] else None
-    work(Run.model_validate(config["run"]), place, reporter, start=start)
+    with tempfile.TemporaryDirectory(prefix="manta-start-") as folder:
+        for name, content in (config["start"] or {}).items():
+            Path(folder, name).write_bytes(content)
+        start = Path(folder) if config["start"] else None
+        work(Run.model_validate(config["run"]), place, reporter, start=start)

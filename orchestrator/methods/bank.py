@@ -45,6 +45,9 @@ class _Site:
         return next(iter(self.stacks.values())).order
 
 
+_MOST_CACHED = 4096
+
+
 class Bank:
     """See the module."""
 
@@ -83,16 +86,22 @@ class Bank:
         values = self._start(method, knobs, sites, seed) if tensors is None else dict(tensors)
         self._check(method, knobs, sites, values)
         self._slots[slot] = _Slot(knobs, method, seed, sites)
-        for site, hook in sites.items():
-            for name in method.shapes(knobs, site, self.scope):
-                self._stack(site, hook, knobs.type, name).put(slot, self._own(values[f"{site}.{name}"]))
         self._numbers.clear()
+        try:
+            for site, hook in sites.items():
+                for name in method.shapes(knobs, site, self.scope):
+                    self._stack(site, hook, knobs.type, name).put(slot, self._own(values[f"{site}.{name}"]))
+        except BaseException:
+            self.remove(slot)  # out of memory half-way: nothing of it stays
+            raise
 
     def remove(self, slot: int) -> None:
         """Empty a slot."""
         gone = self._slots.pop(slot)
         for site in gone.sites:
-            here = self._sites[site][gone.knobs.type]
+            here = self._sites.get(site, {}).get(gone.knobs.type)
+            if here is None:
+                continue
             for stack in here.stacks.values():
                 stack.drop(slot)
             if not here.slots:
@@ -295,6 +304,8 @@ class Bank:
 
     def _cached(self, name: str, key: tuple[int, ...], make: Any) -> Tensor:
         if (name, key) not in self._numbers:
+            if len(self._numbers) >= _MOST_CACHED:
+                self._numbers.clear()  # a server meets ever new combinations of slots
             self._numbers[name, key] = make()
         return self._numbers[name, key]
 

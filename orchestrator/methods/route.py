@@ -64,11 +64,6 @@ class Route:
         self._tokens = {int(s): (slots_N == s).nonzero().squeeze(1) for s in set(slots_N.tolist())}
         self._count = slots_N.numel()
 
-    @property
-    def shape(self) -> torch.Size:
-        """[B, T]."""
-        return self.slot_BT.shape
-
     def group(self, slots: Sequence[int]) -> Group | None:
         """The tokens of ``slots``; None where they have none."""
         key = tuple(slots)

@@ -23,9 +23,11 @@ class Stack:
         self._rebuild({**values, slot: value})
 
     def drop(self, slot: int) -> None:
-        """Remove a slot."""
+        """Remove a slot, if it is here."""
+        if slot not in self.order:
+            return
         self.order.remove(slot)
-        del self.views[slot]
+        self.views.pop(slot, None)
         self._rebuild({s: v.data for s, v in self.views.items()})
 
     def _rebuild(self, values: dict[int, Tensor]) -> None:

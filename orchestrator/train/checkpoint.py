@@ -29,6 +29,8 @@ class Best:
     """When it was seen."""
     since: int = 0
     """Evaluations since then."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """All metrics at that step."""
     tensors: dict[str, Tensor] = field(default_factory=dict)
     """Copies on the CPU; empty before the first evaluation."""
 

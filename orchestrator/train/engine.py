@@ -101,10 +101,36 @@ class Engine:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
 
+    def same(self, what: str, digest: str) -> None:
+        """Refuse ranks that read different things.
+
+        Raises:
+            TrainError: this rank's digest is not that of all.
+        """
+        if self.ranks == 1:
+            return
+        value = int(digest[:15], 16)
+        both = torch.tensor([value, -value], device=self.device)
+        dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        if int(both[0]) != -int(both[1]):
+            raise TrainError(
+                f"the workers read different {what}: {digest[:12]} here. Put one copy where every node finds it, and "
+                "pin base.revision"
+            )
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.ranks > 1:
             dist.barrier()
+
+
+def least(*values: int, device: torch.device) -> tuple[int, ...]:
+    """The smallest of each value over all ranks, so that they decide alike."""
+    if not dist.is_initialized():
+        return values
+    both = torch.tensor(values, device=device)
+    dist.all_reduce(both, op=dist.ReduceOp.MIN)
+    return tuple(int(v) for v in both)
 
 
 def _flat(values: list[Tensor], collective: Any) -> None:

@@ -68,14 +68,13 @@ class Loop:
 
     def run(self) -> str:
         """Train to the end, to early stopping, or until told to stop; returns which."""
-        why = "finished"
-        while self.trial.steps_left:
+        why = "stopped early" if self._enough() else "finished"
+        while self.trial.steps_left and why == "finished":
             self._step()
             last = not self.trial.steps_left
             if self.held_out and (last or self.trial.step % self.rhythm.eval == 0):
                 self._evaluate(self.held_out)
-                if self.train.early_stopping and self.best.since >= self.train.early_stopping:
-                    why = "stopped early"
+                why = "stopped early" if self._enough() else why
             reason = self.reporter.stop_reason()
             word = self.engine.most(2 if reason else int(self._look_due()))
             if word == 2:
@@ -83,12 +82,13 @@ class Loop:
             going = word == 1 and self._preempted()
             if last or going or why != "finished" or self.trial.step % self.rhythm.checkpoint == 0:
                 self._save()
-            if why != "finished":
-                break
         if self.saved_at != self.trial.step:
             self._save()
         self.reporter.event("done", {"why": why, "step": self.trial.step, **self.metrics})
         return why
+
+    def _enough(self) -> bool:
+        return bool(self.train.early_stopping) and self.best.since >= (self.train.early_stopping or 0)
 
     def _look_due(self) -> bool:
         """The first rank's clock decides when all look for a preempted node."""
@@ -129,7 +129,7 @@ class Loop:
         watched = self.metrics[self.train.metric]
         if watched < self.best.value:
             tensors = self.stepper.bank.tensors(slot)
-            self.best = Best(value=watched, step=self.trial.step, since=0, tensors=tensors)
+            self.best = Best(watched, self.trial.step, 0, dict(self.metrics), tensors)
         else:
             self.best.since += 1
         self.metrics[f"best_{self.train.metric}"] = self.best.value
@@ -143,7 +143,7 @@ class Loop:
             write_optimizer(folder, name, optimizer)
             self.writer.write(folder / name / "delta", self.stepper.bank.tensors(self.trial.slot), self.metrics)
             if self.best.tensors:
-                self.writer.write(folder / name / "best", self.best.tensors, self.metrics)
+                self.writer.write(folder / name / "best", self.best.tensors, self.best.metrics)
             write_state(folder, {name: self._values(values)})
 
         self.reporter.checkpoint(self.trial.step, write)
@@ -151,7 +151,7 @@ class Loop:
         self.reporter.event("saved", {"step": self.trial.step})
 
     def _values(self, trial: dict[str, Any]) -> dict[str, Any]:
-        best = {"value": self.best.value, "step": self.best.step, "since": self.best.since}
+        best = {key: value for key, value in vars(self.best).items() if key != "tensors"}
         return {"trial": trial, "cursor": self.source.state(), "best": best, "metrics": self.metrics}
 
 

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.base.linear import is_transposed
-from orchestrator.base.model import head, text_config
+from orchestrator.base.model import head
 from orchestrator.data.batch import IGNORE, Batch
 
 _CHUNK_BYTES = 256 * 2**20
-# Models that change the logits after the head: these take the plain way.
-_AFTER_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "mup_width_multiplier")
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -53,18 +51,28 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Losses [N] of the target tokens, fp32, and the slot [N] of each.
+    """Losses [N] of the target tokens, fp32, and the slot [N] of each; computed in the head.
 
     Sequences of a packed row do not see each other: transformers builds the block mask from positions that restart.
+    Right where nothing changes the logits after the head; ``probe`` looks, and ``plain_loss`` is for the others.
     """
     wanted_BT = batch.labels_BT != IGNORE
     labels_N = batch.labels_BT[wanted_BT]
-    inputs = {"input_ids": batch.tokens_BT, "position_ids": batch.position_BT, "use_cache": False}
-    if any(getattr(text_config(model), key, None) not in (None, 1.0) for key in _AFTER_HEAD):
-        logits_NV = model(**inputs).logits[wanted_BT].float()
-        return nn.functional.cross_entropy(logits_NV, labels_N, reduction="none"), batch.slot_BT[wanted_BT]
     with _loss_in_place_of_logits(head(model), wanted_BT, labels_N):
-        return model(**inputs).logits, batch.slot_BT[wanted_BT]
+        return _call(model, batch), batch.slot_BT[wanted_BT.to(batch.slot_BT.device)]
+
+
+def plain_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The same from the model's own logits, all of them at once."""
+    wanted_BT = batch.labels_BT != IGNORE
+    logits_NV = _call(model, batch)[wanted_BT].float()
+    losses_N = nn.functional.cross_entropy(logits_NV, batch.labels_BT[wanted_BT], reduction="none")
+    return losses_N, batch.slot_BT[wanted_BT.to(batch.slot_BT.device)]
+
+
+def _call(model: Any, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch.tokens_BT, position_ids=batch.position_BT, use_cache=False).logits
+    return logits
 
 
 @contextmanager

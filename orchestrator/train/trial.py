@@ -66,8 +66,8 @@ class Trial:
                 )
             return {"grad_norm": norm, "lr": 0.0}
         self.bad_in_row = 0
-        if self.train.clip and norm > self.train.clip:
-            torch._foreach_mul_(self._grads(), self.train.clip / norm)
+        if self.train.clip and norm > self.train.clip and (grads := self._grads()):
+            torch._foreach_mul_(grads, self.train.clip / norm)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self._spread()
@@ -79,7 +79,8 @@ class Trial:
 
     def _norm(self) -> float:
         squares = torch.zeros((), device=self.engine.device, dtype=torch.float64)
-        for norm in torch._foreach_norm(self._grads()):
+        grads = self._grads()  # none, on a rank that owns no tensor
+        for norm in torch._foreach_norm(grads) if grads else ():
             squares += norm.double().square()
         if self.engine.stage in (1, 2):
             self.engine.sum_(squares)

@@ -12,17 +12,17 @@ import torch
 
 from orchestrator.base import compute_dtype, load_base, load_tokenizer, source_identity
 from orchestrator.base.load import empty_model
-from orchestrator.base.model import count_weights
-from orchestrator.base.monitor import GatherWatch
-from orchestrator.config import Base, Method, Run
-from orchestrator.data import Prepared, Row, Sample, collate, prepare
+from orchestrator.base.model import count_weights, text_config
+from orchestrator.config import Method, Run
+from orchestrator.data import Prepared, prepare
 from orchestrator.delta import check_base, load_delta
-from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError, TrainError
+from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
 from orchestrator.methods import METHODS, Bank
 from orchestrator.train.checkpoint import Restored, read_checkpoint
-from orchestrator.train.engine import Engine
+from orchestrator.train.engine import Engine, least
 from orchestrator.train.loop import Loop
-from orchestrator.train.loss import causal_lm_loss
+from orchestrator.train.loss import causal_lm_loss, plain_loss
+from orchestrator.train.probe import probe
 from orchestrator.train.reporter import Reporter
 from orchestrator.train.step import Layout, Stepper
 from orchestrator.train.trial import Trial
@@ -66,23 +66,43 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     reporter.event("data", data.report.as_dict())
     dtype = compute_dtype(run.base, place.device)
     identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
+    engine.same("base", identity.source_hash)
+    engine.same("data", data.digest)
     base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity)
     bank = Bank(base.model, device=place.device, base_id=run.base.id)
     with reporter.restored() as folder:
         restored = read_checkpoint(folder, run.name) if folder else None
     parent = load_delta(start) if start else None
-    if parent is not None:
-        check_base(parent.manifest, identity)
+    for delta in (parent, restored.delta if restored else None):
+        for warning in check_base(delta.manifest, identity) if delta else ():
+            reporter.event("warning", {"text": warning})
     knobs = fill_slot(bank, run, restored, parent)
     model = engine.start(base.model)
     if run.train.recompute:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    alive = gathered_alive(model, bank, run.base, place.device) if engine.stage == 3 else 0
-    reporter.event("loaded", {**base.report.as_dict(), "stage": engine.stage, "gathered_alive": alive})
+    found = probe(
+        model,
+        bank,
+        SLOT,
+        place.device,
+        quantized=run.base.quantize != "none",
+        vocabulary=text_config(model).vocab_size,
+    )
+    loaded = {**base.report.as_dict(), "stage": engine.stage, "gathered_alive": found.gathered_alive}
+    reporter.event("loaded", loaded)
+    packing = run.data.packing and found.packs
+    if run.data.packing and not packing:
+        reporter.event("warning", {"text": "this model lets packed sequences see each other: one sample a row instead"})
     loop = Loop(
         train=run.train,
-        stepper=Stepper(model, bank, engine, causal_lm_loss, _layout(run, tokenizer)),
+        stepper=Stepper(
+            model,
+            bank,
+            engine,
+            causal_lm_loss if found.in_head else plain_loss,
+            Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id),
+        ),
         trial=Trial(bank, engine, SLOT, run.train, total_steps(run, data)),
         source=data.train,
         held_out=data.eval,
@@ -103,28 +123,6 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         ) from e
     finally:
         engine.close()
-
-
-def gathered_alive(model: Any, bank: Bank, base: Base, device: torch.device) -> int:
-    """Bytes of gathered weights that are still held after a forward pass that a backward pass could follow.
-
-    Raises:
-        TrainError: most of a quantized base is: it would be un-sharded by its first step. (Dense expert tensors of a
-            mixture-of-experts model are kept by torch's own matmul; that trains, in more memory, and is reported.)
-    """
-    row = Row(SLOT, [Sample([0] * 8, [True] * 8)])
-    batch = collate([row], pad_id=0)
-    with GatherWatch(model) as watch, bank.routed(batch.slot_BT, position_BT=batch.position_BT):
-        losses_N, _ = causal_lm_loss(model, batch.to(device))
-        alive = watch.alive_bytes()
-        if base.quantize != "none" and alive > watch.gathered_bytes / 2:
-            raise TrainError(
-                f"{alive:,} of {watch.gathered_bytes:,} gathered bytes outlive the forward pass: something in "
-                f"{type(model).__name__} keeps its weights; train it with shard=0"
-            )
-        losses_N.sum().backward()  # type: ignore[no-untyped-call]
-    bank.zero_grad()
-    return alive
 
 
 def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Method:
@@ -182,15 +180,11 @@ def freeze_randomness(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _layout(run: Run, tokenizer: Any) -> Layout:
-    return Layout(run.data.length, run.train.rows_per_pass, run.data.packing, tokenizer.pad_token_id)
-
-
 def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     dtype = compute_dtype(run.base, place.device)
     parameters, linears = count_weights(empty_model(run.base, dtype))
     held = held_bytes(run.base, parameters=parameters, linears=linears, itemsize=dtype.itemsize)
-    memory, free = _memory(place)
+    memory, free = least(*_memory(place), device=place.device)
     zero = run.cluster.zero
     stage = choose_stage(zero, held=held, memory=memory, ranks=place.ranks)
     share = held if stage != 3 else 0 if zero.offload == "cpu" else held // place.ranks

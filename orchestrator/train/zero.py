@@ -34,7 +34,7 @@ def choose_stage(zero: Zero, *, held: int, memory: int, ranks: int) -> int:
     """
     if zero.stage != "auto":
         return zero.stage
-    return 3 if ranks > 1 and (held > memory / 2 or zero.offload == "cpu") else 0
+    return 3 if zero.offload == "cpu" or (ranks > 1 and held > memory / 2) else 0
 
 
 def deepspeed_config(zero: Zero, *, rows_per_pass: int, cpu: bool) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""What is not known of a model before it has run: looked at once, on a short row, before the first step."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from orchestrator.base.monitor import GatherWatch
+from orchestrator.data import Batch, Row, Sample, collate
+from orchestrator.errors import TrainError
+from orchestrator.methods import Bank
+from orchestrator.train.loss import causal_lm_loss, plain_loss
+
+_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What was found."""
+
+    gathered_alive: int
+    """Bytes of gathered weights that outlive a forward pass which a backward pass could follow."""
+    packs: bool
+    """Whether sequences in one row leave each other alone. Not where a model takes no positions or carries a state."""
+    in_head: bool
+    """Whether the loss may be computed in the head. Not where a model changes its logits after it."""
+
+
+def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized: bool, vocabulary: int) -> Probe:
+    """Look. Every rank must call it.
+
+    Raises:
+        TrainError: most of a quantized base stays gathered: its first step would un-shard it. (Dense expert tensors
+            of a mixture-of-experts model are kept by torch's own matmul; that trains, in more memory.)
+    """
+    one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
+    alone = _batch(slot, [two], device)
+    packed = _batch(slot, [one, two], device)
+    alive = _gathered_alive(model, bank, alone, quantized)
+    with torch.no_grad():
+        want = _losses(model, bank, alone, plain_loss)
+        in_head = _close(_losses(model, bank, alone, causal_lm_loss), want)
+        packs = _close(_losses(model, bank, packed, plain_loss)[-(_LENGTH - 1) :], want)
+    return Probe(alive, packs, in_head)
+
+
+def _batch(slot: int, rows: list[list[int]], device: torch.device) -> Batch:
+    samples = [Sample(tokens, [True] * len(tokens), key) for key, tokens in enumerate(rows)]
+    made = collate([Row(slot, samples)], pad_id=0)
+    return replace(made.to(device), slot_BT=made.slot_BT)
+
+
+def _losses(model: Any, bank: Bank, batch: Batch, loss: Any) -> torch.Tensor:
+    with bank.routed(batch.slot_BT, position_BT=batch.position_BT):
+        losses_N: torch.Tensor = loss(model, batch)[0]
+        return losses_N
+
+
+def _gathered_alive(model: Any, bank: Bank, batch: Batch, quantized: bool) -> int:
+    with GatherWatch(model) as watch, bank.routed(batch.slot_BT, position_BT=batch.position_BT):
+        losses_N, _ = plain_loss(model, batch)
+        alive = watch.alive_bytes()
+        if quantized and alive > watch.gathered_bytes / 2:
+            raise TrainError(
+                f"{alive:,} of {watch.gathered_bytes:,} gathered bytes outlive the forward pass: something in "
+                f"{type(model).__name__} keeps its weights; train it with shard=0"
+            )
+        losses_N.sum().backward()  # type: ignore[no-untyped-call]
+    bank.zero_grad()
+    return alive
+
+
+def _close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Rounding, or another sum? A wrong mask or scale moves losses by far more than either tolerance."""
+    scale = 1e-3 if want.dtype == torch.float32 and got.device.type == "cpu" else 0.05
+    return bool(((got - want).abs().mean() <= scale * want.abs().mean()).item())
