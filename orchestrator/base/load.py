@@ -193,17 +193,12 @@ def _fill(
     _buffers(model, device)
     held = _NF4InSlices if base.quantize == "nf4" and device.type == "cpu" else HELD.get(base.quantize)
     for index, layer in enumerate(layers):
-        _fill_module(layer, f"{prefix}.{index}.", tensor, held, device, dtype)
+        _fill_module(layer, f"{prefix}.{index}.", tensor, held, device, dtype, sharder)
         made.clear()
         if sharder:
             sharder(layer)
         _give_back()
-    if sharder and not tied:  # embedding and head are each larger than a layer may be
-        for name, module in list(model.named_modules()):
-            if any(p.is_meta for p in module.parameters(recurse=False)) and not list(module.children()):
-                _fill_module(module, f"{name}.", tensor, None, device, dtype)
-                sharder(module)
-    _fill_module(model, "", tensor, None, device, dtype, skip=tied)
+    _fill_module(model, "", tensor, None, device, dtype, None if tied else sharder, skip=tied)
     model.tie_weights()
     if sharder:
         sharder(model)
@@ -273,9 +268,13 @@ def _fill_module(
     held: type[NF4Linear | Int8Linear] | None,
     device: torch.device,
     dtype: torch.dtype,
+    sharder: Sharder | None,
     skip: set[str] | None = None,
 ) -> None:
-    """Give each module under ``root`` that is still on the meta device its weights; quantize its linears."""
+    """Give each module under ``root`` that is still on the meta device its weights; quantize its linears.
+
+    Each is handed to the sharder before the next is read: an embedding may be larger than a layer.
+    """
     for name, module in list(root.named_modules()):
         full = f"{prefix}{name}." if name else prefix
         if held and isinstance(module, nn.Linear | Conv1D) and name:
@@ -283,17 +282,24 @@ def _fill_module(
             bias = tensor(full + "bias").to(device) if module.bias is not None else None
             parent, _, child = name.rpartition(".")
             weight = weight.T if isinstance(module, Conv1D) else weight
-            setattr(root.get_submodule(parent), child, held(weight, bias, dtype, isinstance(module, Conv1D)))
+            made = held(weight, bias, dtype, isinstance(module, Conv1D))
+            setattr(root.get_submodule(parent), child, made)
+            if sharder:
+                sharder(made)
             continue
+        filled = False
         for own, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta and full + own not in (skip or ()):
                 value = tensor(full + own)
                 if value.shape != parameter.shape:
                     raise BaseModelError(f"{full}{own} has shape {list(value.shape)}, not {list(parameter.shape)}")
                 setattr(module, own, nn.Parameter(_own(value, device, dtype), requires_grad=False))
+                filled = True
         for own, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta and own not in module._non_persistent_buffers_set:
                 module._buffers[own] = _own(tensor(full + own), device, buffer.dtype)
+        if sharder and filled and not list(module.children()):
+            sharder(module)
 
 
 def _own(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
