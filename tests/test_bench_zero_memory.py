@@ -24,11 +24,11 @@ ROOT = Path(__file__).parents[1]
 def test_quantizing_in_slices_gives_the_bits_of_the_whole(
     shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from orchestrator.base import load
+    from orchestrator.base import linear
 
-    monkeypatch.setattr(load, "_SLICE", 2**17)
+    monkeypatch.setattr(linear, "_SLICE", 2**17)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    made = load._NF4InSlices(weight, None, torch.float32)
+    made = linear.NF4Linear(weight, None, torch.float32)
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True, quant_storage=torch.uint8
     )
@@ -44,7 +44,7 @@ def test_each_module_is_sharded_before_the_next_is_read(tmp_path: Path) -> None:
     """So neither a layer's linears nor embedding and head, the largest tensors of a small model, add up."""
     handed: list[str] = []
     load_base(Base(id=str(tiny.save(tmp_path))), sharder=lambda m: handed.append(type(m).__name__))
-    layer = [*["_NF4InSlices"] * 7, "LlamaRMSNorm", "LlamaRMSNorm", "LlamaDecoderLayer"]
+    layer = [*["NF4Linear"] * 7, "LlamaRMSNorm", "LlamaRMSNorm", "LlamaDecoderLayer"]
     assert handed == [*layer, *layer, "Embedding", "LlamaRMSNorm", "Linear", "LlamaForCausalLM"]
 
 

@@ -12,22 +12,18 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.base.files import WeightReader, base_dir, load_tokenizer
 from orchestrator.base.identity import source_identity
-from orchestrator.base.linear import HELD, Int8Linear, NF4Linear, _HeldLinear
+from orchestrator.base.linear import HELD, Int8Linear, NF4Linear
 from orchestrator.base.model import decoder_layers
 from orchestrator.base.names import Origin, origins
 from orchestrator.config import Base, Identity
 from orchestrator.errors import BaseModelError, OutOfMemoryError
 
-_BLOCK = 64
-_SLICE = 2**20
-"""Weights quantized at a time."""
 Sharder = Callable[[nn.Module], None]
 """Takes a freshly loaded module and leaves this rank's share of its parameters."""
 
@@ -191,7 +187,7 @@ def _fill(
     if isinstance(source, WeightReader):
         _complete(model, entries, where, base)
     _buffers(model, device)
-    held = _NF4InSlices if base.quantize == "nf4" and device.type == "cpu" else HELD.get(base.quantize)
+    held = HELD.get(base.quantize)
     for index, layer in enumerate(layers):
         _fill_module(layer, f"{prefix}.{index}.", tensor, held, device, dtype, sharder)
         made.clear()
@@ -209,36 +205,6 @@ def _give_back() -> None:
     """Return freed memory to the system: what each layer leaves in glibc's heap would add up over all layers."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
-
-
-class _NF4InSlices(NF4Linear):
-    """Quantized a slice of rows at a time, to the same bits: on a CPU bitsandbytes takes 14 bytes per weight."""
-
-    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> None:
-        _HeldLinear.__init__(self, weight_OI, bias_O, dtype, transposed)
-        outs, ins = weight_OI.shape
-        packed = torch.empty(-(-outs * ins // 2), 1, dtype=torch.uint8)
-        absmax = torch.empty(-(-outs * ins // _BLOCK), dtype=torch.float32)
-        rows = max(1, _SLICE // (ins * _BLOCK)) * _BLOCK  # whole blocks
-        for at in range(0, outs, rows):
-            part, state = bnb.quantize_4bit(
-                weight_OI[at : at + rows].contiguous(), blocksize=_BLOCK, quant_type="nf4", quant_storage=torch.uint8
-            )
-            packed[at * ins // 2 :][: len(part)] = part
-            absmax[at * ins // _BLOCK :][: len(state.absmax)] = state.absmax
-        offset = absmax.mean()
-        inner, outer = bnb.quantize_blockwise(absmax - offset, blocksize=256)
-        self.state = bnb.QuantState(
-            absmax=inner,
-            shape=weight_OI.shape,
-            code=state.code,
-            blocksize=_BLOCK,
-            quant_type="nf4",
-            dtype=dtype,
-            offset=offset,
-            state2=outer,
-        )
-        self.weight = nn.Parameter(packed, requires_grad=False)
 
 
 def _producers(where: dict[str, Origin], name: str, base: Base) -> list[str]:
