@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    RobertaConfig,
+)
 
 from orchestrator.base import dense_weight, load_base, source_identity
 from orchestrator.base.identity import source_hash
@@ -36,6 +43,19 @@ def test_dense_base_equals_transformers(arch: str, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(ours.model), logits(theirs), rtol=0, atol=1e-5)
     assert not any(p.requires_grad for p in ours.model.parameters())
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
+def test_an_encoder_loads_as_well(config: type[PretrainedConfig], tmp_path: Path) -> None:
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    theirs = AutoModel.from_config(config(vocab_size=tiny.VOCAB, **shape)).eval()
+    theirs.save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    ours = load_base(Base(id=str(tmp_path), quantize="none"), encoder=True)
+    with torch.no_grad():
+        expected, got = (m(input_ids=TOKENS_BT).last_hidden_state for m in (theirs, ours.model))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    assert load_base(Base(id=str(tmp_path)), encoder=True).report.quantized_fraction > 0.95
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "phi3", "gpt_neox"])

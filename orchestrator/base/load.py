@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from orchestrator.base.files import WeightReader, base_dir, load_tokenizer
@@ -79,6 +79,7 @@ def load_base(
     device: str | torch.device = "cpu",
     sharder: Sharder | None = None,
     identity: Identity | None = None,
+    encoder: bool = False,
 ) -> FrozenBase:
     """Load, quantize and freeze a base.
 
@@ -87,6 +88,7 @@ def load_base(
         device: where the weights go.
         sharder: called with each layer as soon as it is loaded, last with the whole model.
         identity: where already known (hashing reads all weights once).
+        encoder: the bare transformer, such as BERT, that a classification head goes on, not a causal language model.
 
     Raises:
         BaseModelError: not there, broken, or it cannot be held as asked.
@@ -96,7 +98,7 @@ def load_base(
     folder = base_dir(base)
     dtype = compute_dtype(base, device)
     try:
-        model = empty_model(base, dtype)
+        model = empty_model(base, dtype, encoder=encoder)
         count = sum(p.numel() for p in model.parameters())
         source = _Random(base.random_init, torch.device(device)) if base.random_init is not None else None
         _fill(model, base, source or WeightReader(folder), torch.device(device), dtype, sharder)
@@ -116,7 +118,7 @@ def load_base(
     )
 
 
-def empty_model(base: Base, dtype: torch.dtype) -> Any:
+def empty_model(base: Base, dtype: torch.dtype, *, encoder: bool = False) -> Any:
     """The model on the meta device: its structure and no memory."""
     folder = base_dir(base)
     attention = None if base.attention == "auto" else base.attention
@@ -129,13 +131,14 @@ def empty_model(base: Base, dtype: torch.dtype) -> Any:
             )
         _without_dropout(config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = (AutoModel if encoder else AutoModelForCausalLM).from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=base.trust_remote_code
             )
     except (OSError, ValueError, KeyError, ImportError) as e:
         if isinstance(e, BaseModelError):
             raise
-        raise BaseModelError(f"base {base.id}: not a causal language model that transformers loads: {e}") from e
+        kind = "an encoder" if encoder else "a causal language model"
+        raise BaseModelError(f"base {base.id}: not {kind} that transformers loads: {e}") from e
     return model
 
 
