@@ -11,12 +11,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from rich.console import Console
 from rich.markup import escape
 
+from orchestrator.base.memory import host_memory
 from orchestrator.config import Tracking, home
 from orchestrator.errors import ClusterError, RegistryError
 
@@ -148,14 +148,7 @@ def devices() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Free memory, the container's limit counted."""
-    machine = psutil.virtual_memory()
-    free, total = machine.available, machine.total
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        free, total = min(free, limit - used), min(total, limit)
-    except (OSError, ValueError):
-        pass  # no container limit
+    total, free = host_memory()
     text = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
     if free < 2 * GIB:
         yield Finding("memory", text, "stop", "free some: Ray, two processes and the demo base need about 2 GiB")

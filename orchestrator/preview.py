@@ -12,13 +12,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 from rich.text import Text
 
 from orchestrator.base import compute_dtype, load_tokenizer
 from orchestrator.base.load import empty_model
+from orchestrator.base.memory import host_memory
 from orchestrator.base.model import count_weights
 from orchestrator.config import Method, Run, home
 from orchestrator.config.data import Source
@@ -332,8 +332,8 @@ def _place(run: Run, address: str | None) -> Place:
     if address and address != "local":
         gpu = None if asked == "auto" else asked == 1
         return Place(f"the Ray cluster at {redact(address)}, which is not contacted", gpu)
-    cores, gpus, memory = os.cpu_count() or 1, torch.cuda.device_count(), psutil.virtual_memory()
-    words = [f"{cores} cores", f"{memory.total / 2**30:.1f} GiB", *([f"{gpus} GPUs"] if gpus else [])]
+    cores, gpus, (total, free) = os.cpu_count() or 1, torch.cuda.device_count(), host_memory()
+    words = [f"{cores} cores", f"{total / 2**30:.1f} GiB", *([f"{gpus} GPUs"] if gpus else [])]
     where = f"a local cluster of this machine: {', '.join(words)}"
     started = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / "ray" / "ray_current_cluster"
     if address is None and started.is_file():
@@ -344,10 +344,10 @@ def _place(run: Run, address: str | None) -> Place:
     if gpu and gpus < workers:
         problem = f"{workers} workers need a GPU each, this machine has {gpus}"
     if gpu:
-        totals = [torch.cuda.mem_get_info(i) for i in range(gpus)]
-        free, total = min(totals, default=(None, None))
-        return Place(where, gpu, total, free, problem)
-    return Place(where, gpu, memory.total // workers, memory.available // workers, problem)
+        room = [torch.cuda.mem_get_info(i) for i in range(gpus)]
+        least, whole = min(room, default=(None, None))
+        return Place(where, gpu, whole, least, problem)
+    return Place(where, gpu, total // workers, free // workers, problem)
 
 
 def _launch(run: Run, place: Place, sizes: Sizes) -> Iterator[Fact]:

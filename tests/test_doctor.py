@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from orchestrator import doctor
+from orchestrator.base.memory import host_memory
 from orchestrator.doctor import Finding
 from orchestrator.errors import ClusterError
 
@@ -107,10 +108,16 @@ def test_shared_memory(tmp_path):
 
 
 def test_little_memory(monkeypatch):
-    monkeypatch.setattr(
-        doctor.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1 << 28, total=1 << 33)
-    )
+    monkeypatch.setattr(doctor, "host_memory", lambda: (1 << 33, 1 << 28))
     assert only(doctor.memory()).level == "stop"
+
+
+def test_a_containers_limit_counts(tmp_path):
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    (tmp_path / "memory.current").write_text("1000000000\n")
+    assert host_memory(tmp_path) == (1 << 30, (1 << 30) - 1_000_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(tmp_path)[0] > 1 << 30
 
 
 @pytest.mark.parametrize(("free", "level"), [(1 << 20, "stop"), (5 << 30, "warn"), (1 << 40, "good")])

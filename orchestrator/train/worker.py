@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import psutil
 import torch
 
 from orchestrator.base import compute_dtype, load_base, load_tokenizer, source_identity
 from orchestrator.base.load import empty_model
+from orchestrator.base.memory import host_memory
 from orchestrator.base.model import count_weights, text_config
 from orchestrator.config import Method, Run
 from orchestrator.data import Prepared, prepare
@@ -203,5 +203,5 @@ def _memory(place: Place) -> tuple[int, int]:
     if place.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(place.device)
         return total, free
-    memory = psutil.virtual_memory()
-    return memory.total // place.local_ranks, memory.available // place.local_ranks
+    total, free = host_memory()
+    return total // place.local_ranks, free // place.local_ranks
