@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from orchestrator.base.names import Origin, origins
 from orchestrator.config import Base
 from orchestrator.delta import Delta, check_base, new_dir, parse_header, write_file
 from orchestrator.errors import BaseModelError, DeltaError, MethodError
-from orchestrator.methods.method import Method, Scope
-from orchestrator.methods.table import METHODS
+from orchestrator.methods import Scope, from_files, knobs_from_peft, method_of
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -42,80 +40,102 @@ def merged(delta: Delta, base: Base | Path | str, out_dir: Path | str) -> list[s
         raise DeltaError(f"{out_dir} exists already; name a new folder")
     folder = base_dir(base)
     warnings = check_base(delta.manifest, source_identity(base))
-    method, knobs = _method(delta)
     model = empty_model(base, torch.float32)
-    scope, reader = Scope.of(model), WeightReader(folder)
+    reader = WeightReader(folder)
     where = origins(model, list(reader.names()))
-    plan: dict[Path, dict[str, tuple[str, dict[str, Tensor]]]] = {path: {} for path in reader.files}
-    for site, tensors in _by_site(delta, scope).items():
-        source = _source(site, where.get(f"{site}.weight"), base)
-        plan[reader.where[source]][source] = (site, tensors)
+    changed = _Changed(delta, Scope.of(model), where, reader, base)
+    plan: dict[Path, dict[str, tuple[str, str]]] = {path: {} for path in reader.files}
+    for site in changed.tensors:
+        for name in changed.names(site):
+            source = _source(f"{site}.{name}", where.get(f"{site}.{name}"), base)
+            plan[reader.where[source]][source] = (site, name)
     with new_dir(out_dir, "the merged model") as scratch:
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix not in _NOT_COPIED and path.name != "README.md":
                 shutil.copyfile(path, scratch / path.name)
         for path, changes in plan.items():
             shutil.copyfile(path, scratch / path.name)
-            _patch(scratch / path.name, changes, method, knobs, scope)
+            _patch(scratch / path.name, changes, changed)
         write_file(scratch / "README.md", _card(delta, base).encode())
     return warnings
 
 
-def _method(delta: Delta) -> tuple[Method, Any]:
-    if delta.manifest:
-        return METHODS[delta.manifest.method.type], delta.manifest.method
-    kind = str(delta.peft_config["peft_type"]).lower()
-    if kind not in METHODS:
-        raise MethodError(f"peft type {delta.peft_config['peft_type']!r} has no counterpart here: {sorted(METHODS)}")
-    return METHODS[kind], METHODS[kind].from_peft(delta.peft_config)
+class _Changed:
+    """The base's parameters with the delta added, a site at a time."""
+
+    def __init__(
+        self, delta: Delta, scope: Scope, where: Mapping[str, Origin], reader: WeightReader, base: Base
+    ) -> None:
+        self._knobs = delta.manifest.method if delta.manifest else knobs_from_peft(delta.peft_config)
+        self._method, self.scope = method_of(self._knobs), scope
+        self._where, self._reader, self._base = where, reader, base
+        own = from_files(self._knobs, delta.manifest.task if delta.manifest else None, delta.tensors, scope)
+        borrowed = self._method.shared(self._knobs, scope)
+        self.tensors: dict[str, dict[str, Tensor]] = {}
+        for site in self._method.sites(self._knobs, scope):
+            names = () if site in borrowed else self._method.shapes(self._knobs, site, scope)
+            if mine := {name: own.pop(f"{site}.{name}") for name in names if f"{site}.{name}" in own}:
+                self.tensors[site] = mine
+        if own or not self.tensors:
+            strange = next(iter(own), "none of its tensors")
+            raise MethodError(f"{delta.path}: {strange} belongs to no layer of the base")
+
+    def names(self, site: str) -> list[str]:
+        """Which of a site's parameters change."""
+        change = self._change(site, self._parameters(site))
+        if absent := [n for n in change if f"{site}.{n}" not in self._where]:
+            raise MethodError(
+                f"the delta adds a {absent[0]} to {site}, which this architecture does not have there, so it cannot be "
+                "merged; serve it as a delta"
+            )
+        return list(change)
+
+    def value(self, site: str, name: str) -> Tensor:
+        """One parameter, fp32; a weight as [O, I]."""
+        base = self._parameters(site)
+        return base[name] + self._change(site, base)[name]
+
+    def _parameters(self, site: str) -> dict[str, Tensor]:
+        found = {}
+        for name in ("weight", "bias"):
+            if (origin := self._where.get(f"{site}.{name}")) is not None:
+                value = self._reader.read(_source(f"{site}.{name}", origin, self._base)).float()
+                found[name] = value.T if name == "weight" and site in self.scope.transposed else value
+        return found
+
+    def _change(self, site: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        change = self._method.weight_change(self._knobs, site, self.tensors[site], base)
+        if change is None:
+            raise MethodError("this method is no change of weights, so it cannot be merged; serve it as a delta")
+        for name, value in change.items():
+            if name in base and value.shape != base[name].shape:
+                shapes = f"{tuple(value.shape)}, the base's {name} {tuple(base[name].shape)}"
+                raise MethodError(f"{site}: the delta's change is {shapes}; it was made for another base")
+        return change
 
 
-def _by_site(delta: Delta, scope: Scope) -> dict[str, dict[str, Tensor]]:
-    """The delta's tensors by the linear that they belong to."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in delta.tensors.items():
-        parts = name.split(".")
-        sites = (".".join(parts[:n]) for n in range(len(parts) - 1, 0, -1))
-        site = next((s for s in sites if s in scope.linears), None)
-        if site is None:
-            raise MethodError(f"{delta.path}: {name} belongs to no linear layer of the base")
-        found.setdefault(site, {})[name.removeprefix(f"{site}.")] = tensor
-    return found
-
-
-def _source(site: str, origin: Origin | None, base: Base) -> str:
+def _source(name: str, origin: Origin | None, base: Base) -> str:
     if origin is None or origin.converter is not None or len(origin.sources) != 1:
-        raise MethodError(f"base {base.id} stores {site} together with other weights; it cannot be merged file by file")
+        raise MethodError(f"base {base.id} stores {name} together with other weights; it cannot be merged file by file")
     return origin.sources[0][0]
 
 
-def _patch(
-    path: Path, changes: Mapping[str, tuple[str, dict[str, Tensor]]], method: Method, knobs: Any, scope: Scope
-) -> None:
+def _patch(path: Path, changes: Mapping[str, tuple[str, str]], changed: _Changed) -> None:
     """Change tensors of one safetensors file in place; shapes and dtypes stay, so does its header."""
     with path.open("r+b") as file:
         file.seek(0)
         length = 8 + int.from_bytes(file.read(8), "little")
         file.seek(0)
         header, start = parse_header(file.read(length), path.stat().st_size, path)
-        for name, (site, tensors) in changes.items():
-            entry = header[name]
+        for source, (site, name) in changes.items():
+            entry = header[source]
             if entry["dtype"] not in _DTYPES:
-                raise BaseModelError(f"{path}: {name} is {entry['dtype']}; a dense base (fp32, bf16, fp16) is needed")
+                raise BaseModelError(f"{path}: {source} is {entry['dtype']}; a dense base (fp32, bf16, fp16) is needed")
             begin, end = entry["data_offsets"]
             file.seek(start + begin)
             raw = torch.frombuffer(bytearray(file.read(end - begin)), dtype=_DTYPES[entry["dtype"]])
-            stored = raw.view(entry["shape"])
-            flip = site in scope.transposed
-            weight_OI = (stored.T if flip else stored).float()
-            change_OI = method.weight_change(knobs, tensors, weight_OI)
-            if change_OI is None:
-                raise MethodError("this method is no change of weights, so it cannot be merged; serve it as a delta")
-            if change_OI.shape != weight_OI.shape:
-                shapes = f"{tuple(change_OI.shape)}, the base's weight {tuple(weight_OI.shape)}"
-                raise MethodError(f"{site}: the delta's change is {shapes}; it was made for another base")
-            total = weight_OI + change_OI
-            stored.copy_(total.T if flip else total)
+            total = changed.value(site, name)
+            raw.view(entry["shape"]).copy_(total.T if name == "weight" and site in changed.scope.transposed else total)
             file.seek(start + begin)
             file.write(raw.view(torch.uint8).numpy().data)
 

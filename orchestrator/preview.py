@@ -3,7 +3,6 @@
 Starts nothing, contacts no cluster, and writes nothing but the cache of tokenized samples.
 """
 
-import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -25,7 +24,7 @@ from orchestrator.config.data import Source
 from orchestrator.data import Prepared, Sample, deal, pack, prepare
 from orchestrator.delta import Delta, load_delta, redact
 from orchestrator.errors import ConfigError
-from orchestrator.methods import METHODS, Bank, Scope
+from orchestrator.methods import Bank, Scope, method_of, trained_parameters
 from orchestrator.registry.address import resolve_address
 from orchestrator.train.worker import fill_slot, total_steps
 from orchestrator.train.zero import choose_stage, held_bytes
@@ -102,7 +101,7 @@ def _settings(run: Run, data: Prepared, method: Method) -> Iterator[Fact]:
     epochs = f"{train.epochs:g} epoch{'s' if train.epochs != 1 else ''} of {data.train.size or 0:,} samples"
     yield "steps", f"{total_steps(run, data):,} ({'train.steps' if train.steps else epochs})"
     yield "batch", f"{train.batch_size:,} samples per step over all workers"
-    yield "lr", f"{train.lr:g}, {train.schedule}, {train.warmup:.0%} warm-up; seed {train.seed}"
+    yield "lr", f"{run.lr:g}, {train.schedule}, {train.warmup:.0%} warm-up; seed {train.seed}"
     address = resolve_address(run.tracking.uri)
     yield "tracking", f"{redact(address.shown)}, experiment {run.tracking.experiment}"
     alias = f"@{run.tracking.alias}" if run.tracking.alias else ""
@@ -268,13 +267,12 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
     knobs: Method = run.method
     if (parent := _parent(run)) is not None:
         knobs = fill_slot(Bank(model, base_id=run.base.id), run, None, parent)
-    method = METHODS[knobs.type]
-    sites = method.sites(knobs, scope)
+    sites = method_of(knobs).sites(knobs, scope)
     base, layers = count_weights(model)
     return Sizes(
         method=knobs,
         sites=len(sites),
-        trained=sum(math.prod(shape) for site in sites for shape in method.shapes(knobs, site, scope).values()),
+        trained=trained_parameters(knobs, sites, scope),
         base=base,
         layers=layers,
         held=held_bytes(run.base, parameters=base, linears=layers, itemsize=dtype.itemsize),

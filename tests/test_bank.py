@@ -13,7 +13,7 @@ from orchestrator.base.linear import dense_weight
 from orchestrator.config import Base, Lora
 from orchestrator.errors import DeltaError, MethodError
 from orchestrator.methods import METHODS, Bank, Scope
-from orchestrator.methods.method import Drop, mix
+from orchestrator.methods.drop import Drop, mix
 from tests import tiny
 
 TOKENS_BT = torch.randint(3, tiny.VOCAB, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -151,7 +151,7 @@ def test_merging_changes_nothing(arch: str, quantize: str, tmp_path: Path) -> No
     for site in bank.sites(0):
         own = {n.removeprefix(f"{site}."): t for n, t in tensors.items() if n.startswith(f"{site}.")}
         weight = dense_weight(model.get_submodule(site))
-        merged[site] = weight + METHODS["lora"].weight_change(bank.knobs(0), own, weight)
+        merged[site] = weight + METHODS["lora"].weight_change(bank.knobs(0), site, own, {"weight": weight})["weight"]
     bank.detach()
     for site, weight in merged.items():
         old = model.get_submodule(site)
@@ -240,6 +240,6 @@ def test_config_of_peft_comes_back(tmp_path: Path) -> None:
         sites = list(lora.sites(knobs, scope))
         back = lora.from_peft(LoraConfig(**lora.to_peft(knobs, sites, scope)).to_dict())
         assert list(lora.sites(back, scope)) == sites
-        assert (back.rank, back.scale) == (knobs.rank, knobs.scale)
-    with pytest.raises(MethodError, match="DoRA"):
-        lora.from_peft(LoraConfig(use_dora=True, target_modules=["q_proj"]).to_dict())
+        assert (back.rank, lora.numbers(back, sites[0])) == (knobs.rank, lora.numbers(knobs, sites[0]))
+    with pytest.raises(MethodError, match="a bias in B"):
+        lora.from_peft(LoraConfig(lora_bias=True, target_modules=["q_proj"]).to_dict())

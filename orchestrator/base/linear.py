@@ -167,6 +167,25 @@ def gathered(module: nn.Module) -> Iterator[None]:
             sharded[0].partition(sharded)
 
 
+def dense_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The own parameters of any module, dense, fp32, on the CPU: a linear's weight [O, I], its bias [O]; copies."""
+    with gathered(module):
+        found = {n: p.data.float().cpu().clone() for n, p in module.named_parameters(recurse=False)}
+    if isinstance(module, Linear):
+        found = {n: p for n, p in found.items() if n == "bias"} | {"weight": dense_weight(module).cpu()}
+    return found
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """``x W^T`` of any linear whose weight is here, without its bias: [..., I] to [..., O]; no gradient of W."""
+    if isinstance(module, _HeldLinear):
+        y: Tensor = _HeldMatmul.apply(x, module)  # type: ignore[no-untyped-call]
+        return y
+    assert isinstance(module.weight, Tensor)
+    weight = module.weight.detach().to(x.dtype)
+    return x @ weight if isinstance(module, Conv1D) else x @ weight.T
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """fp32 weight [O, I] of any linear: dense, quantized, transposed (GPT-2) or sharded; a copy."""
     with gathered(module):

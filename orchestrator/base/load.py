@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.base.attention import use
 from orchestrator.base.files import WeightReader, base_dir, load_tokenizer
 from orchestrator.base.identity import source_identity
 from orchestrator.base.linear import HELD, Int8Linear, NF4Linear
@@ -64,6 +65,8 @@ class FrozenBase:
     """Who it is."""
     report: LoadReport
     """What the load did."""
+    source: Callable[[str], Tensor]
+    """A linear's weight [O, I] as it was before quantization, fp32; read from the files when asked for."""
 
 
 def compute_dtype(base: Base, device: str | torch.device) -> torch.dtype:
@@ -80,6 +83,7 @@ def load_base(
     sharder: Sharder | None = None,
     identity: Identity | None = None,
     encoder: bool = False,
+    unquantized: frozenset[int] = frozenset(),
 ) -> FrozenBase:
     """Load, quantize and freeze a base.
 
@@ -89,6 +93,7 @@ def load_base(
         sharder: called with each layer as soon as it is loaded, last with the whole model.
         identity: where already known (hashing reads all weights once).
         encoder: the bare transformer, such as BERT, that a classification head goes on, not a causal language model.
+        unquantized: layers that are held as they are.
 
     Raises:
         BaseModelError: not there, broken, or it cannot be held as asked.
@@ -101,7 +106,7 @@ def load_base(
         model = empty_model(base, dtype, encoder=encoder)
         count = sum(p.numel() for p in model.parameters())
         source = _Random(base.random_init, torch.device(device)) if base.random_init is not None else None
-        _fill(model, base, source or WeightReader(folder), torch.device(device), dtype, sharder)
+        _fill(model, base, source or WeightReader(folder), torch.device(device), dtype, sharder, unquantized)
     except (torch.OutOfMemoryError, MemoryError) as e:
         raise OutOfMemoryError(
             f"base {base.id} does not fit on {device}: {str(e).splitlines()[0] if str(e) else 'out of memory'}. "
@@ -110,12 +115,28 @@ def load_base(
     model.requires_grad_(False).eval()
     model.config.use_cache = False
     _fuse_kernels(model, base, torch.device(device))
+    use(model)
+    identity = identity or source_identity(base, dtype=dtype)
+    if unquantized and base.quantize != "none":
+        numbers = ",".join(map(str, sorted(unquantized)))
+        identity = identity.model_copy(update={"recipe": f"{identity.recipe}, layers {numbers} unquantized"})
     return FrozenBase(
         model=model,
         tokenizer=load_tokenizer(base),
-        identity=identity or source_identity(base, dtype=dtype),
-        report=_report(model, base, count, time.monotonic() - begin),
+        identity=identity,
+        report=_report(model, base, count, time.monotonic() - begin, unquantized),
+        source=lambda site: _source_weight(base, site, encoder=encoder),
     )
+
+
+def _source_weight(base: Base, site: str, *, encoder: bool) -> Tensor:
+    """A linear's weight [O, I] off the files, fp32."""
+    if base.random_init is not None:
+        raise BaseModelError("a base of random weights keeps none of them as they were before quantization")
+    model = empty_model(base, torch.float32, encoder=encoder)
+    reader, name = WeightReader(base_dir(base)), f"{site}.weight"
+    weight = origins(model, list(reader.names()))[name].tensors(name, reader.read, model)[name].float()
+    return weight.T if isinstance(model.get_submodule(site), Conv1D) else weight
 
 
 def empty_model(base: Base, dtype: torch.dtype, *, encoder: bool = False) -> Any:
@@ -171,6 +192,7 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype,
     sharder: Sharder | None,
+    unquantized: frozenset[int],
 ) -> None:
     """Every parameter and buffer of ``model``, layer by layer, then the rest."""
     prefix, layers = decoder_layers(model)
@@ -192,7 +214,8 @@ def _fill(
     _buffers(model, device)
     held = HELD.get(base.quantize)
     for index, layer in enumerate(layers):
-        _fill_module(layer, f"{prefix}.{index}.", tensor, held, device, dtype, sharder)
+        here = None if index in unquantized else held
+        _fill_module(layer, f"{prefix}.{index}.", tensor, here, device, dtype, sharder)
         made.clear()
         if sharder:
             sharder(layer)
@@ -298,13 +321,14 @@ def _fuse_kernels(model: Any, base: Base, device: torch.device) -> None:
     _apply_liger_kernel_to_instance(model=model)
 
 
-def _report(model: Any, base: Base, count: int, seconds: float) -> LoadReport:
+def _report(model: Any, base: Base, count: int, seconds: float, unquantized: frozenset[int]) -> LoadReport:
     _, layers = decoder_layers(model)
-    held = [m for m in layers.modules() if isinstance(m, NF4Linear | Int8Linear)]
+    wanted = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in unquantized)
+    held = [m for m in wanted.modules() if isinstance(m, NF4Linear | Int8Linear)]
     inside = sum(m.in_features * m.out_features for m in held)
-    rest = sum(_elements(p) for p in layers.parameters()) - sum(_elements(m.weight) for m in held)
+    rest = sum(_elements(p) for p in wanted.parameters()) - sum(_elements(m.weight) for m in held)
     fraction = inside / (inside + rest) if held else 0.0
-    if base.quantize != "none" and fraction < 0.9:
+    if base.quantize != "none" and len(wanted) and fraction < 0.9:
         raise BaseModelError(
             f"base {base.id}: only {fraction:.0%} of its layers' weights could be held in {base.quantize}; the rest "
             "are fused expert tensors of a mixture-of-experts model, which stay 16-bit. Use base.quantize=none"

@@ -44,6 +44,11 @@ def _finding(schema: "_Schema", error: Mapping[str, Any]) -> Finding:
     key, node, parent = schema.at(error["loc"])
     if kind == "extra_forbidden":
         return _unknown(schema, key, parent)
+    if kind == "union_tag_invalid":
+        tags = [tag.strip(" '") for tag in error["ctx"]["expected_tags"].split(",")]
+        said, guess = error["ctx"]["tag"], nearest(error["ctx"]["tag"], tags)
+        message = f"got {shown(said)}; allowed: one of {', '.join(tags)}" + (f"; nearest: {guess}" if guess else "")
+        return Finding((*key, "type"), message, unknown=False, guess=guess)
     allowed = schema.describe(node)
     if kind == "missing":
         return Finding(key, f"required: {allowed}", unknown=False)
@@ -61,7 +66,7 @@ def _finding(schema: "_Schema", error: Mapping[str, Any]) -> Finding:
 def _unknown(schema: "_Schema", key: Key, parent: Node) -> Finding:
     siblings = [name for option in schema.options(parent) for name in option.get("properties", {})]
     guess = nearest(key[-1], siblings)
-    elsewhere = [path for path in schema.leaves() if path[-1] == key[-1]]
+    elsewhere = [path for path in schema.leaves() if path[-1] == key[-1] and path != key]
     # A key of exactly this name in another section (`rank` for `method.rank`) is a better guess than a likeness here.
     meant = [dotted(path) for path in elsewhere[:3]] or ([dotted((*key[:-1], str(guess)))] if guess else [])
     message = "unknown key" + (f"; perhaps {' or '.join(meant)}" if meant else "")
@@ -112,6 +117,8 @@ class _Schema:
             options = self.options(node)
             child = next((c for o in options if (c := _child(o, step)) is not None), None)
             if child is None and len(options) > 1:
+                tagged = [o for o in options if o.get("properties", {}).get("type", {}).get("const") == step]
+                node = tagged[0] if tagged else node
                 continue
             key, parent, node = (*key, step), node, child if child is not None else {}
         return key, node, parent

@@ -8,6 +8,7 @@ from orchestrator.config.base import Identity
 from orchestrator.config.method import Method
 from orchestrator.config.run import NAME_PATTERN
 from orchestrator.config.strict import Strict
+from orchestrator.config.task import CausalLM, Task
 
 
 class Manifest(Strict):
@@ -21,8 +22,8 @@ class Manifest(Strict):
     """The base it was trained on."""
     method: Method
     """Method and knobs."""
-    task: str = "causal_lm"
-    """What was learnt."""
+    task: Task = CausalLM()
+    """What was learnt; of a classification, the labels in the order of the head's outputs."""
     data_digest: str | None = None
     """sha256 of the training samples."""
     metrics: dict[str, float] = {}

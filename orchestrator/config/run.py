@@ -35,6 +35,14 @@ class Run(Strict):
 
     @model_validator(mode="before")
     @classmethod
+    def _named(cls, value: object) -> object:
+        """``method: bitfit`` and ``task: classification`` are short for their ``type``."""
+        if not isinstance(value, dict):
+            return value
+        return {k: {"type": v} if k in ("method", "task") and isinstance(v, str) else v for k, v in value.items()}
+
+    @model_validator(mode="before")
+    @classmethod
     def _shard(cls, value: object) -> object:
         """``shard: auto|0..3`` is short for ``cluster.zero.stage``."""
         if isinstance(value, dict) and "shard" in value:
@@ -43,3 +51,8 @@ class Run(Strict):
             cluster["zero"] = {**(cluster.get("zero") or {}), "stage": value.pop("shard")}
             value["cluster"] = cluster
         return value
+
+    @property
+    def lr(self) -> float:
+        """The peak learning rate in force."""
+        return self.train.lr if self.train.lr is not None else self.method.default_lr

@@ -21,12 +21,22 @@ def json_schema(kind: Literal["run", "serving"]) -> Node:
         for part in ("train", "eval"):
             _property(kinds["Data"], part, text, {"$ref": "#/$defs/Source"})
         _also(kinds, "Workers", {"type": "integer", "minimum": 1})
-        _property(kinds["Lora"], "targets", text)
+        for section in kinds.values():
+            for name in {"targets", "feed_forward"} & set(section.get("properties", {})):
+                _property(section, name, text)
+        for name in ("method", "task"):
+            _by_type(schema["properties"][name])
         stage = kinds["Zero"]["properties"]["stage"]
         schema["properties"]["shard"] = {**stage, "description": "Short for ``cluster.zero.stage``."}
     else:
         _property(schema, "deltas", text)
     return schema
+
+
+def _by_type(union: Node) -> None:
+    """Let one of several sections be given by its ``type`` alone, or without it where its keys tell."""
+    names = sorted(union.pop("discriminator")["mapping"])
+    union["anyOf"] = [{"enum": names}, *union.pop("oneOf")]
 
 
 def _also(kinds: dict[str, Node], name: str, short: Node) -> None:

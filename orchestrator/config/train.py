@@ -18,8 +18,8 @@ class Train(Strict):
     """Samples per step over all workers (the global batch), whatever their number."""
     rows_per_pass: int = Field(default=4, ge=1)
     """Packed rows per forward pass of one worker; the rest of a batch is accumulated."""
-    lr: float = Field(default=2e-4, gt=0)
-    """Peak learning rate (AdamW)."""
+    lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate (AdamW); default: the method's own."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay after warm-up."""
     warmup: float = Field(default=0.03, ge=0, lt=1)

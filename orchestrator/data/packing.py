@@ -25,35 +25,53 @@ class Row:
     """Slot that the row's tokens belong to."""
     samples: list[Sample]
     """Its segments in order."""
+    virtual: int = 0
+    """Virtual tokens before each of them, whose embeddings the slot's method gives."""
+    offset: int = 0
+    """Position at which each of them begins: after a prefix of keys and values."""
 
     @property
     def size(self) -> int:
-        """Tokens."""
-        return sum(len(s.tokens) for s in self.samples)
+        """Tokens, virtual ones included."""
+        return sum(self.virtual + len(s.tokens) for s in self.samples)
 
 
-def pack(samples: Mapping[int, Sequence[Sample]], *, length: int, packing: bool) -> list[Row]:
+def pack(
+    samples: Mapping[int, Sequence[Sample]],
+    *,
+    length: int,
+    packing: bool,
+    leads: Mapping[int, tuple[int, int]] | None = None,
+) -> list[Row]:
     """Rows of at most ``length`` tokens that hold every sample once: best fit, longest first; one each without packing.
 
     The same samples in the same order give the same rows. Raises ``DataError`` for a sample longer than ``length``.
+
+    Args:
+        samples: of each slot.
+        length: most tokens of a row; the virtual ones of one segment come on top.
+        packing: whether a row may hold several samples.
+        leads: of each slot, virtual tokens before each segment, and the position at which it begins.
     """
     rows: list[Row] = []
     for slot, mine in samples.items():
+        virtual, offset = leads[slot] if leads else (0, 0)
         if too_long := [s for s in mine if len(s.tokens) > length]:
             raise DataError(f"sample {too_long[0].key} has {len(too_long[0].tokens)} tokens, a row holds {length}")
         if not packing:
-            rows += [Row(slot, [s]) for s in mine]
+            rows += [Row(slot, [s], virtual, offset) for s in mine]
             continue
         room: list[tuple[int, int]] = []  # free tokens of the slot's rows and the row's index, ascending
         for sample in sorted(mine, key=lambda s: -len(s.tokens)):
-            at = bisect_left(room, (len(sample.tokens), -1))
+            size = virtual + len(sample.tokens)
+            at = bisect_left(room, (size, -1))
             if at < len(room):
                 free, index = room.pop(at)
                 rows[index].samples.append(sample)
             else:
-                free, index = length, len(rows)
-                rows.append(Row(slot, [sample]))
-            insort(room, (free - len(sample.tokens), index))
+                free, index = virtual + length, len(rows)
+                rows.append(Row(slot, [sample], virtual, offset))
+            insort(room, (free - size, index))
     return rows
 
 
@@ -73,7 +91,8 @@ def deal(rows: Sequence[Row], *, rank: int, ranks: int, rows_per_pass: int, pad_
             # There and back again, so that the largest rows do not all go to the first rank.
             place = start + (rank if turn % 2 == 0 else ranks - 1 - rank)
             mine += group[place : place + 1]
-        batches.append(collate(mine or [Row(group[0].slot, [])], pad_id=pad_id))
+        empty = Row(group[0].slot, [], group[0].virtual, group[0].offset)
+        batches.append(collate(mine or [empty], pad_id=pad_id))
     return batches
 
 
@@ -85,7 +104,8 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
     width = max(-(-max(r.size for r in rows) // _MULTIPLE), 1) * _MULTIPLE
     columns: tuple[list[list[int]], ...] = ([], [], [], [], [], [])  # as the fields of Batch
     for row in rows:
-        segments = [(s.tokens, _labels(s), s.key) for s in row.samples]
+        lead = row.virtual
+        segments = [([pad_id] * lead + s.tokens, [IGNORE] * lead + _labels(s), s.key) for s in row.samples]
         if pad := width - row.size:
             segments.append(([pad_id] * pad, [IGNORE] * pad, -1))
         line = (
@@ -93,7 +113,7 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
             [t for _, labels, _ in segments for t in labels],
             [row.slot] * width,
             [i for i, (tokens, _, _) in enumerate(segments) for _ in tokens],
-            [i for tokens, _, _ in segments for i in range(len(tokens))],
+            [row.offset + i for tokens, _, _ in segments for i in range(len(tokens))],
             [key for tokens, _, key in segments for _ in tokens],
         )
         for column, values in zip(columns, line, strict=True):

@@ -21,7 +21,7 @@ def card(manifest: Manifest | None, peft_config: Mapping[str, Any]) -> str:
         rows = {
             "Method": ", ".join(f"{k} = {_plain(v)}" for k, v in knobs.items()),
             "Trained parameters": f"{manifest.parameters:,}",
-            "Task": manifest.task,
+            "Task": manifest.task.type,
             "Base revision": manifest.base.revision,
             "Base source weights": manifest.base.source_hash,
             "Base held as": manifest.base.recipe,

@@ -21,7 +21,7 @@ _LIBRARIES = ("torch", "transformers", "deepspeed", "bitsandbytes", "peft", "ray
 def new_manifest(**fields: Any) -> Manifest:
     """A manifest with time, versions, commit and owner filled in where the caller left them out.
 
-    ``name``, ``base`` and ``method`` are needed; ``sha256`` and ``parameters`` are set when the delta is saved.
+    ``name``, ``base`` and ``method`` are needed; ``sha256`` is set when the delta is saved.
     Credentials in ``run`` and ``tags`` are masked.
 
     Raises:

@@ -28,6 +28,8 @@ FILES = (CONFIG, WEIGHTS, MANIFEST, CARD)
 """Every file of a delta; nothing else is ever read, uploaded or downloaded."""
 
 _PREFIX = "base_model.model."
+_BARE = ("prompt_embeddings",)
+"""Names that peft's prompt methods write without the prefix."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _MAX_JSON = 4 * 2**20
@@ -60,8 +62,8 @@ def save_delta(
 ) -> Delta:
     """Write a delta folder in one step; an older delta of that name stays until the new one is whole.
 
-    ``manifest`` is a manifest or its fields; ``sha256`` and ``parameters`` are computed here. None writes a plain
-    peft folder.
+    ``manifest`` is a manifest or its fields; ``sha256`` is computed here, and so are ``parameters`` where they are left
+    out (all that is saved). None writes a plain peft folder.
 
     Raises:
         DeltaError: nothing to save, a bad name or shape, a full disk, or a folder that cannot be written.
@@ -72,12 +74,13 @@ def save_delta(
     config = dict(peft_config)
     _check_config(config, directory / CONFIG)
     _check_tensors(tensors, config, directory / WEIGHTS)
-    content = dump_tensors({_PREFIX + name: tensor for name, tensor in tensors.items()}, directory / WEIGHTS)
+    content = dump_tensors({_in_file(name): tensor for name, tensor in tensors.items()}, directory / WEIGHTS)
     digest = hashlib.sha256(content).hexdigest()
     written = None
     if manifest is not None:
-        count = sum(t.numel() for t in tensors.values())
-        written = draft(manifest).model_copy(update={"sha256": digest, "parameters": count})
+        made = draft(manifest)
+        count = made.parameters or sum(t.numel() for t in tensors.values())
+        written = made.model_copy(update={"sha256": digest, "parameters": count})
     with new_dir(directory, "the delta") as scratch:
         write_file(scratch / WEIGHTS, content)
         write_file(scratch / CONFIG, json.dumps(config, indent=2, sort_keys=True).encode())
@@ -125,11 +128,15 @@ def load_delta(directory: Path | str, *, max_bytes: int = MAX_BYTES, finite: boo
             )
     named = parse_tensors(content, directory / WEIGHTS, finite=finite)
     for name in named:
-        if not name.startswith(_PREFIX):
+        if not name.startswith(_PREFIX) and name not in _BARE:
             raise DeltaError(f"{directory / WEIGHTS}: tensor {name[:200]!r} does not start with {_PREFIX!r}")
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in named.items()}
     _check_tensors(tensors, config, directory / WEIGHTS)
     return Delta(tensors, manifest, config, digest, directory)
+
+
+def _in_file(name: str) -> str:
+    return name if name in _BARE else _PREFIX + name
 
 
 def _json(directory: Path, name: str) -> dict[str, Any] | None:

@@ -1,7 +1,19 @@
 """The bank, and one small file per method."""
 
 from orchestrator.methods.bank import Bank
-from orchestrator.methods.method import Method, Scope
-from orchestrator.methods.table import METHODS
+from orchestrator.methods.exchange import from_files, to_files
+from orchestrator.methods.method import Method
+from orchestrator.methods.scope import Scope
+from orchestrator.methods.table import METHODS, knobs_from_peft, method_of, trained_parameters
 
-__all__ = ["METHODS", "Bank", "Method", "Scope"]
+__all__ = [
+    "METHODS",
+    "Bank",
+    "Method",
+    "Scope",
+    "from_files",
+    "knobs_from_peft",
+    "method_of",
+    "to_files",
+    "trained_parameters",
+]

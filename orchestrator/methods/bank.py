@@ -4,173 +4,227 @@ S = 1 is ordinary fine-tuning, S > 1 in training a pack of trials, S > 1 in infe
 tensors are not part of the module tree: what shards the base never sees them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.config import Method as Knobs
+from orchestrator.config import Classification, Task
+from orchestrator.config import Method as MethodKnobs
 from orchestrator.errors import DeltaError, MethodError
-from orchestrator.methods.method import Drop, Hook, Method, Params, Scope, mix
-from orchestrator.methods.route import Group, Route
+from orchestrator.methods.method import Hook, Method
+from orchestrator.methods.route import Route
+from orchestrator.methods.scope import Scope
 from orchestrator.methods.stack import Stack
-from orchestrator.methods.table import METHODS
+from orchestrator.methods.table import HEAD, method_of
+from orchestrator.methods.wiring import Site, Wiring, hash_ints, hash_text
+
+
+@dataclass
+class _Part:
+    """A method in a slot: the slot's own, or the head that its task needs."""
+
+    method: Method
+    knobs: Any
+    sites: dict[str, Hook]
+    shared: dict[str, str]
+
+    @property
+    def own(self) -> list[str]:
+        """Sites with tensors of their own."""
+        return [s for s in self.sites if s not in self.shared]
 
 
 @dataclass
 class _Slot:
     """What the bank knows of one slot."""
 
-    knobs: Knobs
-    method: Method
     seed: int
-    sites: dict[str, Hook]
-
-
-@dataclass
-class _Site:
-    """One method at one module: its stacks."""
-
-    method: Method
-    hook: Hook
-    key: int
-    stacks: dict[str, Stack] = field(default_factory=dict)
-
-    @property
-    def slots(self) -> list[int]:
-        return next(iter(self.stacks.values())).order
-
-
-_MOST_CACHED = 4096
+    task: Task | None
+    parts: list[_Part]
 
 
 class Bank:
-    """See the module."""
+    """See the module.
 
-    def __init__(self, model: nn.Module, *, device: torch.device | str = "cpu", base_id: str = "") -> None:
-        self.scope = Scope.of(model, base_id)
+    Args:
+        model: the loaded base; an empty one will do to look at sizes.
+        device: where the activations are.
+        base_id: name of the base, for the deltas' own configs.
+        source: a linear's weight before quantization, for starts that need it.
+        encode: token ids of a text, for starts that need them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        device: torch.device | str = "cpu",
+        base_id: str = "",
+        source: Callable[[str], Tensor] | None = None,
+        encode: Callable[[str], list[int]] | None = None,
+    ) -> None:
+        self.scope = Scope.of(model, base_id, source=source, encode=encode)
         self.device = torch.device(device)
-        self._model = model
         self._slots: dict[int, _Slot] = {}
-        self._sites: dict[str, dict[str, _Site]] = {}
-        self._handles: dict[tuple[str, Hook], Any] = {}
-        self._numbers: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        self._route: Route | None = None
+        self._wiring = Wiring(model, self.scope, self.device)
 
     @property
     def slots(self) -> tuple[int, ...]:
         """The slots in use."""
         return tuple(self._slots)
 
-    def add(self, slot: int, knobs: Knobs, *, seed: int = 0, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Fill a slot, at the method's start values or with a saved delta's tensors.
+    def add(
+        self,
+        slot: int,
+        knobs: MethodKnobs,
+        *,
+        seed: int = 0,
+        tensors: Mapping[str, Tensor] | None = None,
+        task: Task | None = None,
+    ) -> None:
+        """Fill a slot, at the method's start values or with a saved delta's tensors. Every rank must call it.
 
         Args:
             slot: any integer from 0.
             knobs: method and size.
             seed: of start values and dropout.
             tensors: ``<site>.<name>`` -> tensor, as ``tensors`` returns them.
+            task: gives the slot a head of its own where the task needs one.
 
         Raises:
-            MethodError: a target matches nothing, or the slot is taken.
+            MethodError: a target matches nothing, the base has not what the method needs, or the slot is taken.
             DeltaError: ``tensors`` are not those of this method on this base.
         """
         if slot in self._slots or slot < 0:
             raise MethodError(f"slot {slot} is {'taken' if slot >= 0 else 'negative'}")
-        method = METHODS[knobs.type]
-        sites = method.sites(knobs, self.scope)
-        values = self._start(method, knobs, sites, seed) if tensors is None else dict(tensors)
-        self._check(method, knobs, sites, values)
-        self._slots[slot] = _Slot(knobs, method, seed, sites)
-        self._numbers.clear()
+        parts = [self._part(method_of(knobs), knobs)]
+        if isinstance(task, Classification):
+            parts.append(self._part(HEAD, task))
+        values = self._start(parts, seed) if tensors is None else dict(tensors)
+        self._check(parts, values)
+        self._slots[slot] = _Slot(seed, task, parts)
         try:
-            for site, hook in sites.items():
-                for name in method.shapes(knobs, site, self.scope):
-                    self._stack(site, hook, knobs.type, name).put(slot, self._own(values[f"{site}.{name}"]))
+            for part in parts:
+                self._fill(slot, part, seed, values)
         except BaseException:
             self.remove(slot)  # out of memory half-way: nothing of it stays
             raise
 
     def remove(self, slot: int) -> None:
         """Empty a slot."""
-        gone = self._slots.pop(slot)
-        for site in gone.sites:
-            here = self._sites.get(site, {}).get(gone.knobs.type)
-            if here is None:
-                continue
-            for stack in here.stacks.values():
-                stack.drop(slot)
-            if not here.slots:
-                del self._sites[site][gone.knobs.type]
-            if all(kept.hook != here.hook for kept in self._sites[site].values()):
-                self._handles.pop((site, here.hook)).remove()
-            if not self._sites[site]:
-                del self._sites[site]
-        self._numbers.clear()
+        for part in self._slots.pop(slot).parts:
+            for site in [*part.own, *part.shared]:
+                here = self._wiring.sites.get(site, {}).get(part.method.name)
+                if here is None:
+                    continue
+                for stack in () if here.borrowed else (*here.stacks.values(), *here.constants.values()):
+                    stack.drop(slot)
+                here.knobs.pop(slot, None)
+                here.seeds.pop(slot, None)
+                if not here.knobs:
+                    del self._wiring.sites[site][part.method.name]
+                self._wiring.changed(site)
 
-    def resize(self, slot: int, knobs: Knobs) -> None:
+    def resize(self, slot: int, knobs: MethodKnobs) -> None:
         """Change a slot's size; its function stays, where the new size can hold it."""
-        old = self._slots[slot]
-        if knobs.type != old.knobs.type or old.method.sites(knobs, self.scope) != old.sites:
+        part = self._slots[slot].parts[0]
+        new = self._part(method_of(knobs), knobs)
+        if new.method is not part.method or new.sites != part.sites:
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
-        for site in old.sites:
-            stacks = self._sites[site][knobs.type].stacks
-            values = {name: stack.views[slot].detach() for name, stack in stacks.items()}
-            made = old.method.resized(old.knobs, knobs, values, site, self.scope, _generator(old.seed, site))
-            for name, stack in stacks.items():
-                stack.put(slot, self._own(made[name]))
-        self._slots[slot] = _Slot(knobs, old.method, old.seed, old.sites)
-        self._numbers.clear()
+        seed = self._slots[slot].seed
+        for site in part.own:
+            here = self._wiring.sites[site][part.method.name]
+            values = {name: stack.value(slot) for name, stack in here.stacks.items()}
+            made = part.method.resized(part.knobs, knobs, values, site, self.scope, _generator(seed, site))
+            self._put(here, slot, new, made)
+        self._slots[slot].parts[0] = new
+
+    def rechoose(self, slot: int, step: int) -> dict[str, Tensor]:
+        """Let a method that chooses its weights choose anew after a step.
+
+        Returns:
+            What of each trained tensor stayed: ``<site>.<name>`` -> bool, for the optimizer; empty where nothing moved.
+        """
+        seed, kept = self._slots[slot].seed, {}
+        for part in self._slots[slot].parts:
+            for site in part.own:
+                here = self._wiring.sites[site][part.method.name]
+                values = {name: stack.value(slot) for name, stack in here.stacks.items()}
+                made = part.method.rechosen(part.knobs, step, values, site, _generator(hash_ints(seed, step), site))
+                if made is None:
+                    continue
+                still = made.pop("kept")
+                for name, value in made.items():
+                    here.stacks[name].value(slot).copy_(value)
+                    if slot in here.stacks[name].views:
+                        kept[f"{site}.{name}"] = still
+        return kept
 
     def detach(self) -> None:
         """Remove every slot; the model is as it was."""
         for slot in self.slots:
             self.remove(slot)
 
-    def knobs(self, slot: int) -> Knobs:
+    def knobs(self, slot: int) -> Any:
         """A slot's method and size."""
-        return self._slots[slot].knobs
+        return self._slots[slot].parts[0].knobs
+
+    def task(self, slot: int) -> Task | None:
+        """A slot's task, where it has a head of its own."""
+        return self._slots[slot].task
 
     def sites(self, slot: int) -> list[str]:
-        """Module names that a slot acts on."""
-        return list(self._slots[slot].sites)
+        """Module names that a slot's method acts on."""
+        return list(self._slots[slot].parts[0].sites)
+
+    def lead(self, slot: int) -> tuple[int, int]:
+        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin."""
+        part = self._slots[slot].parts[0]
+        return part.method.virtual_tokens(part.knobs), part.method.prefix_length(part.knobs)
+
+    def changes_head(self, slot: int) -> bool:
+        """Whether a slot adds to the logits of the base's own head."""
+        return self.scope.head in self._slots[slot].parts[0].sites
 
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
-        """A slot's tensors, ``<site>.<name>``; the same objects for the slot's life, to hand to an optimizer."""
-        kind = self._slots[slot].knobs.type
+        """What of a slot is trained, ``<site>.<name>``; the same objects for the slot's life, for an optimizer."""
+        return {name: stack.views[slot] for name, stack in self._own_stacks(slot) if slot in stack.views}
+
+    def lr_ratios(self, slot: int) -> dict[str, float]:
+        """Learning rate of each trained tensor over that of the run."""
         return {
-            f"{site}.{name}": stack.views[slot]
-            for site in self._slots[slot].sites
-            for name, stack in self._sites[site][kind].stacks.items()
+            f"{site}.{name}": part.method.lr_ratio(part.knobs, name)
+            for part in self._slots[slot].parts
+            for site in part.own
+            for name, stack in self._wiring.sites[site][part.method.name].stacks.items()
+            if slot in stack.views
         }
+
+    def windows(self, slot: int) -> dict[str, Tensor]:
+        """A slot's whole tensors, trained or not, in place."""
+        return {name: stack.value(slot) for name, stack in self._own_stacks(slot)}
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """Copies of a slot's tensors on the CPU."""
-        return {name: p.detach().cpu().clone() for name, p in self.parameters(slot).items()}
+        return {name: t.detach().cpu().clone() for name, t in self.windows(slot).items()}
 
     def leaves(self) -> dict[str, Tensor]:
         """The stacked tensors that gradients arrive in, in the same order on every rank."""
         return {
             f"{site}.{kind}.{name}": stack.leaf
-            for site, kinds in self._sites.items()
+            for site, kinds in self._wiring.sites.items()
             for kind, here in kinds.items()
             for name, stack in here.stacks.items()
-            if stack.leaf is not None
+            if not here.borrowed and stack.leaf is not None and stack.leaf.requires_grad
         }
 
     def leaves_of(self, slot: int) -> dict[str, Tensor]:
-        """The leaf that holds each of a slot's tensors, named as in ``parameters``."""
-        kind = self._slots[slot].knobs.type
-        return {
-            f"{site}.{name}": stack.leaf
-            for site in self._slots[slot].sites
-            for name, stack in self._sites[site][kind].stacks.items()
-            if stack.leaf is not None
-        }
+        """The leaf that holds each of a slot's trained tensors, named as in ``parameters``."""
+        return {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
 
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
@@ -194,34 +248,54 @@ class Bank:
         """Inside, each token passes its slot's delta. Recomputed activations need the backward pass inside, too.
 
         Args:
-            slot_BT: slot of each token, -1 for the bare base. On the CPU, or it is copied there.
-            position_BT: positions, for dropout and soft prompts.
+            slot_BT: slot of each token, -1 for the bare base; a row is of one slot. On the CPU, or it is copied there.
+            position_BT: positions, for dropout and virtual tokens.
             sample_BT: sample numbers, for dropout.
             steps: each slot's step count; given, dropout is on.
         """
-        self._route = Route(slot_BT, position_BT, sample_BT, steps or {}, steps is not None, self.device)
+        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, steps is not None, self.device)
         try:
             yield
         finally:
-            self._route = None
+            self._wiring.route = None
 
-    def _stacks(self) -> Iterator[Stack]:
-        for kinds in self._sites.values():
-            for here in kinds.values():
-                yield from here.stacks.values()
+    def classify(self, h_PH: Tensor, slot_P: Tensor) -> Tensor:
+        """Logits [P, C] of each slot's own head for what it pooled of P texts; -inf beyond a slot's own labels."""
+        wiring, logits_PC = self._wiring, None
+        route = Route(slot_P.view(1, -1), device=self.device)
+        for here in (site for kinds in wiring.sites.values() for site in kinds.values() if site.hook == "head"):
+            group = route.group(list(here.knobs))
+            if group is None:
+                continue
+            made_GMC = here.method.head(group.pick(h_PH.unsqueeze(0)), wiring.params(here, group, route))
+            like = h_PH.new_empty(1, len(h_PH), made_GMC.shape[-1])
+            put_PC = group.put(made_GMC, like).squeeze(0)
+            logits_PC = put_PC if logits_PC is None else logits_PC + put_PC
+        if logits_PC is None:
+            raise MethodError("none of these slots has a head of its own")
+        return logits_PC
 
-    def _own(self, value: Tensor) -> Tensor:
-        return value.detach().to(self.device, torch.float32)
+    # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _start(self, method: Method, knobs: Knobs, sites: Mapping[str, Hook], seed: int) -> dict[str, Tensor]:
+    def _part(self, method: Method, knobs: Any) -> _Part:
+        shared = method.shared(knobs, self.scope)
+        return _Part(method, knobs, method.sites(knobs, self.scope), shared)
+
+    def _start(self, parts: list[_Part], seed: int) -> dict[str, Tensor]:
         return {
             f"{site}.{name}": value
-            for site in sites
-            for name, value in method.start(knobs, site, self.scope, _generator(seed, site)).items()
+            for part in parts
+            for site in part.own
+            for name, value in part.method.start(part.knobs, site, self.scope, _generator(seed, site)).items()
         }
 
-    def _check(self, method: Method, knobs: Knobs, sites: Mapping[str, Hook], values: Mapping[str, Tensor]) -> None:
-        wanted = {f"{s}.{n}": shape for s in sites for n, shape in method.shapes(knobs, s, self.scope).items()}
+    def _check(self, parts: list[_Part], values: Mapping[str, Tensor]) -> None:
+        wanted = {
+            f"{site}.{name}": shape
+            for part in parts
+            for site in part.own
+            for name, shape in part.method.shapes(part.knobs, site, self.scope).items()
+        }
         wrong = [f"{n} is missing" for n in wanted if n not in values]
         wrong += [f"{n} is not one of this method's on this base" for n in values if n not in wanted]
         wrong += [
@@ -233,105 +307,43 @@ class Bank:
             more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
             raise DeltaError(f"the delta's tensors do not fit: {'; '.join(wrong[:3])}{more}")
 
-    def _stack(self, site: str, hook: Hook, kind: str, name: str) -> Stack:
-        if (site, hook) not in self._handles:
-            self._handles[site, hook] = self._attach(site, hook)
-        here = self._sites.setdefault(site, {}).setdefault(kind, _Site(METHODS[kind], hook, _hash(site)))
-        return here.stacks.setdefault(name, Stack())
-
-    def _attach(self, site: str, hook: Hook) -> Any:
-        module = self._model.get_submodule(site)
-        if hook == "input":
-            return module.register_forward_pre_hook(lambda _, args: self._before(site, args))
-        if hook in ("output", "sublayer", "embed"):
-            return module.register_forward_hook(lambda _, args, out: self._after(site, hook, args, out))
-        raise MethodError(f"the bank does not wire the hook {hook!r} yet")
-
-    def _before(self, site: str, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x = args[0]
-        for here, group, p in self._active(site, "input"):
-            x = x + group.put(here.method.input(group.pick(x), p), x)
-        return (x, *args[1:])
-
-    def _after(self, site: str, hook: Hook, args: tuple[Any, ...], out: Any) -> Any:
-        y = out[0] if isinstance(out, tuple) else out
-        base_y = y
-        for here, group, p in self._active(site, hook):
-            if hook == "output":
-                seen = group.pick(base_y) if here.method.uses_base_output else None
-                added = here.method.output(group.pick(args[0]), seen, p)
-            elif hook == "sublayer":
-                added = here.method.sublayer(group.pick(base_y), p)
+    def _fill(self, slot: int, part: _Part, seed: int, values: Mapping[str, Tensor]) -> None:
+        sites = self._wiring.sites
+        for site in [*part.own, *part.shared]:
+            here = sites.setdefault(site, {}).setdefault(part.method.name, Site(site, part.method, part.sites[site]))
+            self._wiring.attach(site, here.hook)
+            self._wiring.changed(site)
+            if site in part.shared:
+                here.stacks, here.borrowed = sites[part.shared[site]][part.method.name].stacks, True
             else:
-                added = here.method.embed(group.pick(base_y), self._positions(group), p)
-            y = y + group.put(added, y)
-        return (y, *out[1:]) if isinstance(out, tuple) else y
+                names = part.method.shapes(part.knobs, site, self.scope)
+                self._put(here, slot, part, {name: values[f"{site}.{name}"] for name in names})
+            here.knobs[slot], here.seeds[slot] = part.knobs, seed
 
-    def _positions(self, group: Group) -> Tensor:
-        assert self._route is not None
-        assert self._route.position_BT is not None, "soft prompts need positions"
-        return group.pick(self._route.position_BT.to(self.device).unsqueeze(-1)).squeeze(-1)
+    def _put(self, here: Site, slot: int, part: _Part, values: Mapping[str, Tensor]) -> None:
+        here.knobs[slot] = part.knobs
+        for name, value in values.items():
+            trained = part.method.trained(part.knobs, name, tuple(value.shape))
+            here.stacks.setdefault(name, Stack()).put(slot, self._own(value), trained)
+        for name, value in part.method.constants(part.knobs, here.name, self.scope).items():
+            here.constants.setdefault(name, Stack()).put(slot, self._own(value), None)
+        self._wiring.changed(here.name)
 
-    def _active(self, site: str, hook: Hook) -> Iterator[tuple[_Site, Group, Params]]:
-        """The methods at a site that have tokens in this pass, with those tokens and their tensors."""
-        if self._route is None:
-            return
-        for kind, here in self._sites[site].items():
-            group = self._route.group(here.slots) if here.hook == hook else None
-            if group is not None:
-                yield here, group, self._params(kind, here, group)
+    def _own(self, value: Tensor) -> Tensor:
+        """On the device; numbers in fp32, indices as they are."""
+        return value.detach().to(self.device, torch.float32 if value.is_floating_point() else value.dtype)
 
-    def _params(self, kind: str, here: _Site, group: Group) -> Params:
-        tensors = {}
-        for name, stack in here.stacks.items():
-            assert stack.leaf is not None
-            rows = [stack.order.index(s) for s in group.slots]
-            whole = rows == list(range(len(stack.order)))
-            tensors[name] = stack.leaf if whole else stack.leaf.index_select(0, self._rows(rows))
-        first = self._slots[group.slots[0]]
-        numbers = {name: self._number(name, group.slots) for name in first.method.numbers(first.knobs)}
-        return Params(tensors, numbers, self._drop(here, group))
+    def _own_stacks(self, slot: int) -> Iterator[tuple[str, Stack]]:
+        for part in self._slots[slot].parts:
+            for site in part.own:
+                for name, stack in self._wiring.sites[site][part.method.name].stacks.items():
+                    yield f"{site}.{name}", stack
 
-    def _rows(self, rows: list[int]) -> Tensor:
-        return self._cached("rows", tuple(rows), lambda: torch.tensor(rows, device=self.device))
-
-    def _number(self, name: str, slots: tuple[int, ...]) -> Tensor:
-        def make() -> Tensor:
-            values = [self._slots[s].method.numbers(self._slots[s].knobs)[name] for s in slots]
-            return torch.tensor(values, device=self.device)
-
-        return self._cached(name, slots, make)
-
-    def _cached(self, name: str, key: tuple[int, ...], make: Any) -> Tensor:
-        if (name, key) not in self._numbers:
-            if len(self._numbers) >= _MOST_CACHED:
-                self._numbers.clear()  # a server meets ever new combinations of slots
-            self._numbers[name, key] = make()
-        return self._numbers[name, key]
-
-    def _drop(self, here: _Site, group: Group) -> Drop | None:
-        route = self._route
-        assert route is not None
-        rates = [self._slots[s].method.dropout(self._slots[s].knobs) for s in group.slots]
-        if not route.training or not any(rates):
-            return None
-        assert route.sample_BT is not None
-        seeds = [hash_ints(self._slots[s].seed, route.steps.get(s, 0), here.key) for s in group.slots]
-        sample_GM = group.pick(route.sample_BT.to(self.device).unsqueeze(-1)).squeeze(-1)
-        key_GM = mix(
-            (sample_GM * (1 << 20) + self._positions(group)) ^ torch.tensor(seeds, device=self.device).unsqueeze(1)
-        )
-        return Drop(torch.tensor(rates, device=self.device), key_GM)
-
-
-def hash_ints(*values: int) -> int:
-    """A signed 63-bit key from integers."""
-    return int.from_bytes(sha256(repr(values).encode()).digest()[:8], "little") >> 1
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(sha256(text.encode()).digest()[:8], "little") >> 1
+    def _stacks(self) -> Iterator[Stack]:
+        for kinds in self._wiring.sites.values():
+            for here in kinds.values():
+                yield from () if here.borrowed else here.stacks.values()
 
 
 def _generator(seed: int, site: str) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_ints(seed, _hash(site)))
+    return torch.Generator().manual_seed(hash_ints(seed, hash_text(site)))

@@ -22,13 +22,15 @@ class Group:
     """For each token its place in K; None where they already lie so."""
     owned_N1: Tensor | None
     """Which tokens belong to any of the slots; None for all."""
+    count: int
+    """N."""
 
     def pick(self, x: Tensor) -> Tensor:
-        """[..., F] to [G, M, F]. A short group is filled up with tokens of its own slot."""
-        x_NF = x.reshape(-1, x.shape[-1])
+        """[B, T, ...] to [G, M, F]. A short group is filled up with tokens of its own slot."""
+        x_NF = x.reshape(self.count, -1)
         if self.index_K is not None:
             x_NF = x_NF.index_select(0, self.index_K)
-        return x_NF.view(len(self.slots), -1, x.shape[-1])
+        return x_NF.view(len(self.slots), -1, x_NF.shape[-1])
 
     def put(self, y_GMF: Tensor, like: Tensor) -> Tensor:
         """[G, M, F] to the shape of ``like``; zero for the tokens of no slot here."""
@@ -92,4 +94,5 @@ class Route:
             index_K=None if in_order else index_K.to(self.device),
             back_N=None if in_order else back_N.to(self.device),
             owned_N1=None if owned_N.all() else owned_N.unsqueeze(1).to(self.device),
+            count=self._count,
         )

@@ -2,33 +2,46 @@
 
 from torch import Tensor, nn
 
+Shape = tuple[int, ...]
+
 
 class Stack:
     """Slots' tensors in one leaf [S, ...], padded with zeros to the largest.
 
-    A slot's own tensor is a view of it, kept as one object for life (an optimizer holds on to it), re-pointed when the
-    leaf grows.
+    The trained part of a slot's tensor is a view of it, kept as one object for life (an optimizer holds on to it),
+    re-pointed when the leaf grows.
     """
 
     def __init__(self) -> None:
         self.leaf: Tensor | None = None
         self.order: list[int] = []
         self.views: dict[int, nn.Parameter] = {}
+        """The trained part of each slot that has one."""
+        self._shapes: dict[int, Shape] = {}
+        self._parts: dict[int, Shape | None] = {}
 
-    def put(self, slot: int, value: Tensor) -> None:
-        """Add a slot, or replace it at another size."""
-        values = {s: v.data for s, v in self.views.items() if s != slot}
+    def put(self, slot: int, value: Tensor, part: Shape | None) -> None:
+        """Add a slot, or replace it at another size; the leading ``part`` of the value is trained."""
+        values = {s: self.value(s) for s in self.order if s != slot}
         if slot not in self.order:
             self.order.append(slot)
+        self._parts[slot] = part
         self._rebuild({**values, slot: value})
 
     def drop(self, slot: int) -> None:
         """Remove a slot, if it is here."""
         if slot not in self.order:
             return
+        values = {s: self.value(s) for s in self.order if s != slot}
         self.order.remove(slot)
-        self.views.pop(slot, None)
-        self._rebuild({s: v.data for s, v in self.views.items()})
+        for kept in (self.views, self._shapes, self._parts):
+            kept.pop(slot, None)
+        self._rebuild(values)
+
+    def value(self, slot: int) -> Tensor:
+        """A slot's whole tensor, a view."""
+        assert self.leaf is not None
+        return _window(self.leaf.detach(), self.order.index(slot), self._shapes[slot])
 
     def _rebuild(self, values: dict[int, Tensor]) -> None:
         if not self.order:
@@ -38,28 +51,25 @@ class Stack:
         shape = [max(values[s].shape[d] for s in self.order) for d in range(like.dim())]
         leaf = like.new_zeros((len(self.order), *shape))
         for row, slot in enumerate(self.order):
-            view = self._window(leaf, row, values[slot].shape)
-            view.copy_(values[slot])
+            self._shapes[slot] = tuple(values[slot].shape)
+            _window(leaf, row, self._shapes[slot]).copy_(values[slot])
+            part = self._parts[slot]
+            if part is None:
+                continue
+            view = _window(leaf, row, part)
             if slot in self.views:
                 self.views[slot].data = view
             else:
                 self.views[slot] = nn.Parameter(view)
             self.views[slot].grad = None
-        self.leaf = leaf.requires_grad_()
-
-    @staticmethod
-    def _window(leaf: Tensor, row: int, shape: tuple[int, ...]) -> Tensor:
-        window = leaf[row]
-        for dim, size in enumerate(shape):
-            window = window.narrow(dim, 0, size)
-        return window
+        self.leaf = leaf.requires_grad_(bool(self.views))
 
     def hand_out(self) -> None:
-        """Give each slot's tensor its part of the leaf's gradient."""
+        """Give each slot's trained part its part of the leaf's gradient."""
         if self.leaf is None or self.leaf.grad is None:
             return
-        for row, slot in enumerate(self.order):
-            self.views[slot].grad = self._window(self.leaf.grad, row, self.views[slot].shape)
+        for slot, view in self.views.items():
+            view.grad = _window(self.leaf.grad, self.order.index(slot), tuple(view.shape))
 
     def zero_grad(self) -> None:
         """Forget gradients."""
@@ -67,3 +77,10 @@ class Stack:
             self.leaf.grad = None
         for view in self.views.values():
             view.grad = None
+
+
+def _window(leaf: Tensor, row: int, shape: Shape) -> Tensor:
+    window = leaf[row]
+    for dim, size in enumerate(shape):
+        window = window.narrow(dim, 0, size)
+    return window

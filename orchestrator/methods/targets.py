@@ -2,21 +2,23 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from orchestrator.errors import MethodError
 
+T = TypeVar("T")
 ALL_LINEAR = "all-linear"
 
 
-def match(targets: Sequence[str], sites: Iterable[str]) -> list[str]:
+def match(targets: Sequence[str], sites: Iterable[str], key: str = "method.targets") -> list[str]:
     """The sites that any target names, in the model's order.
 
     A target is ``all-linear``, the end of a dotted name (``q_proj``, ``self_attn.q_proj``) or a regular expression
     that matches a whole name.
 
     Raises:
-        MethodError: a target matches nothing; names the nearest.
+        MethodError: a target matches nothing; names the nearest, and ``key``, where the target stands.
     """
     known = list(sites)
     found: set[str] = set()
@@ -27,7 +29,7 @@ def match(targets: Sequence[str], sites: Iterable[str]) -> list[str]:
             hits = [s for s in known if _full(target, s)]
         found.update(hits)
         if not hits:
-            wrong.append(_unmatched(target, known))
+            wrong.append(_unmatched(target, known, key))
     if wrong:
         raise MethodError("; ".join(wrong))
     return [s for s in known if s in found]
@@ -40,10 +42,19 @@ def _full(target: str, site: str) -> bool:
         raise MethodError(f"target {target!r} is neither a layer name nor a regular expression ({e})") from e
 
 
-def _unmatched(target: str, known: Sequence[str]) -> str:
+def rematch(choices: Mapping[str, T], site: str, default: T) -> T:
+    """The value of the first target that names a site."""
+    return next((value for target, value in choices.items() if _hits(target, site)), default)
+
+
+def _hits(target: str, site: str) -> bool:
+    return target == ALL_LINEAR or site == target or site.endswith(f".{target}") or _full(target, site)
+
+
+def _unmatched(target: str, known: Sequence[str], key: str) -> str:
     short = sorted({s.rsplit(".", 1)[-1] for s in known})
     near = difflib.get_close_matches(target.rsplit(".", 1)[-1], short, n=1, cutoff=0.0)
     return (
-        f"method.targets: {target!r} matches no linear layer of this base; "
+        f"{key}: {target!r} matches no linear layer of this base; "
         f"nearest is {near[0]!r}, all are {', '.join(short)} or {ALL_LINEAR}"
     )

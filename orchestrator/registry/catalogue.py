@@ -278,13 +278,9 @@ class Registry:
 
 
 def _knobs(config: Mapping[str, Any]) -> Any:
-    from orchestrator.errors import MethodError
-    from orchestrator.methods.table import METHODS  # here, so that listing deltas does not load torch
+    from orchestrator.methods.table import knobs_from_peft  # here, so that listing deltas does not load torch
 
-    kind = str(config.get("peft_type")).lower()
-    if kind not in METHODS:
-        raise MethodError(f"peft type {config.get('peft_type')!r} has no counterpart here; there is {sorted(METHODS)}")
-    return METHODS[kind].from_peft(dict(config))
+    return knobs_from_peft(dict(config))
 
 
 def _lineage(delta: Delta, owner: str, metrics: Mapping[str, float], tags: Mapping[str, Any]) -> dict[str, str]:

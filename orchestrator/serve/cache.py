@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from orchestrator.base.attention import NAME
 from orchestrator.errors import ServeError
 
 _STEP = 128  # the block grows in lengths of this many tokens, and doubles from there
@@ -145,7 +146,7 @@ class Masks:
     def __init__(self, model: nn.Module) -> None:
         config = model.config.get_text_config()  # type: ignore[operator,union-attr]
         self._additive = config._attn_implementation == "eager"
-        if config._attn_implementation not in ("eager", "sdpa"):
+        if config._attn_implementation not in ("eager", "sdpa", NAME):
             raise ServeError(
                 f"attention '{config._attn_implementation}' takes no explicit mask; serve with base.attention=sdpa"
             )

@@ -19,7 +19,7 @@ from orchestrator.config import Identity
 from orchestrator.data.batch import NO_SLOT
 from orchestrator.delta import Delta, check_base, load_delta
 from orchestrator.errors import DeltaError, MantaError, MethodError, RegistryError, ServeError
-from orchestrator.methods import METHODS, Bank
+from orchestrator.methods import Bank, from_files, knobs_from_peft
 from orchestrator.registry import Registry, check_name, parse_ref
 from orchestrator.serve.engine import Engine
 
@@ -238,7 +238,8 @@ class Deltas:
             log.warning("%s: %s", label, warning)
         knobs = _knobs(delta)
         held = Held(key, next(self._slots), label, delta.sha256)
-        self._engine.call(lambda: self._bank.add(held.slot, knobs, tensors=delta.tensors)).result()
+        tensors = from_files(knobs, None, delta.tensors, self._bank.scope)
+        self._engine.call(lambda: self._bank.add(held.slot, knobs, tensors=tensors)).result()
         with self._lock:
             self._held[key] = held
         return held
@@ -277,12 +278,9 @@ def _knobs(delta: Delta) -> Any:
     """Method and size: the manifest's, else read off peft's config."""
     if delta.manifest is not None:
         return delta.manifest.method
-    kind = str(delta.peft_config["peft_type"]).lower()
-    if kind not in METHODS:
-        raise MethodError(f"{delta.path}: peft type {kind!r} cannot be served; there is {', '.join(METHODS)}")
     try:
-        return METHODS[kind].from_peft(delta.peft_config)
+        return knobs_from_peft(delta.peft_config)
     except (TypeError, ValueError) as error:
         if isinstance(error, MantaError):
-            raise
+            raise MethodError(f"{delta.path}: {error}") from error
         raise DeltaError(f"{delta.path}: its config cannot be read: {error}") from error

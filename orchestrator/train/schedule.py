@@ -7,6 +7,7 @@ from orchestrator.config import Train
 
 def lr_at(train: Train, step: int, total: int) -> float:
     """Learning rate of step ``step`` (from 0) of ``total``: linear warm-up, then decay to ``min_lr`` of the peak."""
+    assert train.lr is not None, "the method's own is filled in before a trial is made"
     warm = round(train.warmup * total)
     if step < warm:
         return train.lr * (step + 1) / warm

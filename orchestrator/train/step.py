@@ -81,7 +81,8 @@ class Stepper:
         return dict(zip(slots, (sum_S.cpu() / count_S).tolist(), strict=True))
 
     def _deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
-        rows = pack(samples, length=self.layout.length, packing=self.layout.packing)
+        leads = {slot: self.bank.lead(slot) for slot in samples}
+        rows = pack(samples, length=self.layout.length, packing=self.layout.packing, leads=leads)
         return deal(
             rows,
             rank=self.engine.rank,

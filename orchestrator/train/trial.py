@@ -30,9 +30,14 @@ class Trial:
         at = {id(leaf): index for index, leaf in enumerate(leaves)}
         self._index = {name: at[id(leaf)] for name, leaf in bank.leaves_of(slot).items()}
         self.parameters = bank.parameters(slot)
+        by_ratio: dict[float, list[Tensor]] = {}
+        for name, ratio in bank.lr_ratios(slot).items():
+            if engine.owns(self._index[name]):
+                by_ratio.setdefault(ratio, []).append(self.parameters[name])
+        groups = [{"params": own, "ratio": ratio} for ratio, own in by_ratio.items()]
         self.optimizer = torch.optim.AdamW(
-            [p for name, p in self.parameters.items() if engine.owns(self._index[name])] or [torch.zeros(1)],
-            lr=train.lr,
+            groups or [{"params": [torch.zeros(1)], "ratio": 1.0}],
+            lr=train.lr or 0.0,
             betas=(train.beta1, train.beta2),
             eps=train.eps,
             weight_decay=train.weight_decay,
@@ -68,9 +73,11 @@ class Trial:
         self.bad_in_row = 0
         if self.train.clip and norm > self.train.clip and (grads := self._grads()):
             torch._foreach_mul_(grads, self.train.clip / norm)
-        self.optimizer.param_groups[0]["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]
         self.optimizer.step()
         self._spread()
+        self._rechoose()
         return {"grad_norm": norm, "lr": lr}
 
     def _grads(self) -> list[Tensor]:
@@ -92,6 +99,14 @@ class Trial:
             for rank in range(self.engine.ranks):
                 own = [self.parameters[n].data for index, n in by_leaf if self.engine.owner(index) == rank]
                 self.engine.broadcast(own, rank)
+
+    def _rechoose(self) -> None:
+        """A method may choose its weights anew; the optimizer forgets what it knew of those that went."""
+        for name, kept in self.bank.rechoose(self.slot, self.step).items():
+            state = self.optimizer.state.get(self.parameters[name], {})
+            for moment in MOMENTS:
+                if moment in state:
+                    state[moment].mul_(kept)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What resumes it: plain values, and full logical tensors. Every rank must call it at stages 1 and 2."""

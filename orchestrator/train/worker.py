@@ -12,12 +12,12 @@ import torch
 from orchestrator.base import compute_dtype, load_base, load_tokenizer, source_identity
 from orchestrator.base.load import empty_model
 from orchestrator.base.memory import host_memory
-from orchestrator.base.model import count_weights, text_config
-from orchestrator.config import Method, Run
+from orchestrator.base.model import count_weights, decoder_layers, text_config
+from orchestrator.config import Base, Lora, Method, Run
 from orchestrator.data import Prepared, prepare
 from orchestrator.delta import check_base, load_delta
 from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
-from orchestrator.methods import METHODS, Bank
+from orchestrator.methods import Bank, from_files, knobs_from_peft, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.engine import Engine, least
 from orchestrator.train.loop import Loop
@@ -68,8 +68,15 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
     engine.same("base", identity.source_hash)
     engine.same("data", data.digest)
-    base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity)
-    bank = Bank(base.model, device=place.device, base_id=run.base.id)
+    unquantized = method_of(run.method).unquantized(run.method, layer_count(run.base))
+    base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity, unquantized=unquantized)
+    bank = Bank(
+        base.model,
+        device=place.device,
+        base_id=run.base.id,
+        source=base.source,
+        encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+    )
     with reporter.restored() as folder:
         restored = read_checkpoint(folder, run.name) if folder else None
     parent = load_delta(start) if start else None
@@ -77,6 +84,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         for warning in check_base(delta.manifest, identity) if delta else ():
             reporter.event("warning", {"text": warning})
     knobs = fill_slot(bank, run, restored, parent)
+    engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     model = engine.start(base.model)
     if run.train.recompute:
         model.train()
@@ -94,22 +102,31 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     packing = run.data.packing and found.packs
     if run.data.packing and not packing:
         reporter.event("warning", {"text": "this model lets packed sequences see each other: one sample a row instead"})
+    train = run.train.model_copy(update={"lr": run.lr})
     loop = Loop(
-        train=run.train,
+        train=train,
         stepper=Stepper(
             model,
             bank,
             engine,
-            causal_lm_loss if found.in_head else plain_loss,
+            causal_lm_loss if found.in_head and not bank.changes_head(SLOT) else plain_loss,
             Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id),
         ),
-        trial=Trial(bank, engine, SLOT, run.train, total_steps(run, data)),
+        trial=Trial(bank, engine, SLOT, train, total_steps(run, data)),
         source=data.train,
         held_out=data.eval,
         engine=engine,
         reporter=reporter,
         writer=DeltaWriter(
-            run, identity, bank.scope, bank.sites(SLOT), knobs, data.digest, parent.sha256 if parent else None
+            run=run,
+            identity=base.identity,
+            scope=bank.scope,
+            sites=bank.sites(SLOT),
+            knobs=knobs,
+            task=run.task,
+            parameters=sum(p.numel() for p in bank.parameters(SLOT).values()),
+            data_digest=data.digest,
+            parent=parent.sha256 if parent else None,
         ),
     )
     if restored:
@@ -135,23 +152,32 @@ def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> M
     if delta is None:
         bank.add(SLOT, run.method, seed=run.train.seed)
         return run.method
-    knobs = delta.manifest.method if delta.manifest else METHODS[run.method.type].from_peft(delta.peft_config)
+    knobs: Method = delta.manifest.method if delta.manifest else knobs_from_peft(delta.peft_config)
     if not restored:
-        _same_size(run.method, knobs)
-        knobs = knobs.model_copy(update={"dropout": run.method.dropout})
-    bank.add(SLOT, knobs, seed=run.train.seed, tensors=delta.tensors)
+        knobs = _same_size(run.method, knobs)
+    tensors = from_files(knobs, run.task, delta.tensors, bank.scope)
+    bank.add(SLOT, knobs, seed=run.train.seed, tensors=tensors)
     return knobs
 
 
-def _same_size(asked: Method, found: Method) -> None:
-    """A run that asks for nothing takes the delta's own size; one that asks for another is told."""
+_LEARNING = {"type", "dropout", "lr_ratio", "rechoose_every", "rechoose_share"}
+"""Knobs that say how a delta learns, not what it is."""
+
+
+def _same_size(asked: Method, found: Method) -> Method:
+    """The delta's own knobs, with the run's own way of learning; a run that asks for another method or size is told."""
+    if not asked.model_fields_set or (type(asked) is Lora and asked.model_fields_set <= {"type"}):
+        return found
+    if type(asked) is not type(found):
+        raise MethodError(f"train.init_from keeps the delta's method, {found.type}; the run asks for {asked.type}")
     wrong = [
         f"{key}={getattr(asked, key)!r} (the delta has {getattr(found, key)!r})"
         for key in type(asked).model_fields
-        if key in asked.model_fields_set - {"type", "dropout"} and getattr(asked, key) != getattr(found, key)
+        if key in asked.model_fields_set - _LEARNING and getattr(asked, key) != getattr(found, key)
     ]
     if wrong:
         raise MethodError(f"train.init_from keeps the delta's method and size; the run asks for {', '.join(wrong)}")
+    return found.model_copy(update={k: getattr(asked, k) for k in _LEARNING & set(type(asked).model_fields)})
 
 
 def first_rank_first(engine: Engine, do: Callable[[], T]) -> T:
@@ -196,6 +222,11 @@ def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
         )
     reporter.event("plan", {"stage": stage, "parameters": parameters, "bytes_per_worker": share, "ranks": place.ranks})
     return Engine(zero, stage=stage, device=place.device, dtype=dtype, rows_per_pass=run.train.rows_per_pass)
+
+
+def layer_count(base: Base) -> int:
+    """Transformer layers of a base."""
+    return len(decoder_layers(empty_model(base, torch.float32))[1])
 
 
 def _memory(place: Place) -> tuple[int, int]:

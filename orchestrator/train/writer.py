@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from orchestrator.config import Identity, Method, Run
+from orchestrator.config import Identity, Method, Run, Task
 from orchestrator.delta import new_manifest, save_delta
-from orchestrator.methods import METHODS, Scope
+from orchestrator.methods import Scope, to_files
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class DeltaWriter:
     scope: Scope
     sites: list[str]
     knobs: Method
+    task: Task
+    parameters: int
     data_digest: str
     parent: str | None
 
@@ -35,7 +37,8 @@ class DeltaWriter:
             name=self.run.name,
             base=self.identity,
             method=self.knobs,
-            task=self.run.task.type,
+            task=self.task,
+            parameters=self.parameters,
             data_digest=self.data_digest,
             metrics={k: v for k, v in metrics.items() if v == v and abs(v) != float("inf")},
             parent=self.parent,
@@ -43,7 +46,8 @@ class DeltaWriter:
             tags=self.run.tracking.tags,
             run=self._config(),
         )
-        save_delta(folder, tensors, manifest, METHODS[self.knobs.type].to_peft(self.knobs, self.sites, self.scope))
+        files, config = to_files(self.knobs, self.task, tensors, self.sites, self.scope)
+        save_delta(folder, files, manifest, config)
 
     def _config(self) -> dict[str, Any]:
         return self.run.model_dump(mode="json", exclude={"tracking"})
