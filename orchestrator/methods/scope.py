@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from orchestrator.base.encoder import positional_linears
 from orchestrator.base.linear import dense_parameters, is_transposed, linear_shape, linear_sites
 from orchestrator.base.model import decoder_layers, text_config
 from orchestrator.errors import MethodError
@@ -69,6 +70,8 @@ class Scope:
     """Hidden size H."""
     modules: frozenset[str] = frozenset()
     """Names of all modules."""
+    shared_inputs: frozenset[str] = frozenset()
+    """Linears that see more than tokens: relative positions, which all rows of a pass share (DeBERTa)."""
     base_id: str = ""
     """Name of the base, for the delta's own config."""
     prefix: str = ""
@@ -114,6 +117,7 @@ class Scope:
             count=len(layers),
             width=text_config(model).hidden_size,
             modules=frozenset(modules),
+            shared_inputs=frozenset(n for n in linears if n.rsplit(".", 1)[-1] in positional_linears(model)),
             base_id=base_id,
             prefix="" if out is not None else f"{named.base_model_prefix}.",
             weights=lambda site: dense_parameters(model.get_submodule(site)),

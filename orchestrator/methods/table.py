@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.config import Knobs
+from orchestrator.config import Classification, Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.head import Head
 from orchestrator.methods.lora import LoRA
@@ -14,6 +14,8 @@ from orchestrator.methods.scope import Scope
 METHODS: dict[str, Method] = {
     "lora": LoRA(),
 }
+HEAD_MODULES = ("score", "classifier")
+"""What transformers' sequence classifiers call their heads, which peft saves whole beside the method."""
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""
 
@@ -36,6 +38,12 @@ def trained_parameters(knobs: Any, sites: Iterable[str], scope: Scope) -> int:
     return sum(math.prod(part) for part in parts if part is not None)
 
 
+def head_parameters(task: Classification, scope: Scope) -> int:
+    """How many numbers a classification head has."""
+    shapes = (shape for site in HEAD.sites(task, scope) for shape in HEAD.shapes(task, site, scope).values())
+    return sum(math.prod(shape) for shape in shapes)
+
+
 def knobs_from_peft(config: Mapping[str, Any]) -> Any:
     """Knobs read off an ``adapter_config.json``.
 
@@ -47,4 +55,6 @@ def knobs_from_peft(config: Mapping[str, Any]) -> Any:
     if found is None:
         known = ", ".join(sorted(m.peft_type for m in METHODS.values() if m.peft_type))
         raise MethodError(f"peft type {kind!r} has no counterpart here; there is {known}")
+    if config.get("task_type") == "SEQ_CLS" and set(config.get("modules_to_save") or ()) <= set(HEAD_MODULES):
+        config = {**config, "modules_to_save": None}  # the head is the task's
     return found.from_peft(config)
