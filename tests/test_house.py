@@ -26,7 +26,18 @@ from orchestrator.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 LONGEST = 400
 
-LEAVES = ("cli", "cli_deltas", "merge", "preview", "report", "chat", "doctor", "quickstart", "__main__")
+LEAVES = (
+    "cli",
+    "cli_deltas",
+    "merge",
+    "preview",
+    "preview_samples",
+    "report",
+    "chat",
+    "doctor",
+    "quickstart",
+    "__main__",
+)
 ORDER = ("errors", "config", "data", "base", "methods", "delta", "train", "registry", "serve", "launch")
 """Rooms in the order in which data walks; the leaves come last and are one room."""
 
@@ -47,6 +58,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "peft": ("orchestrator/methods/*", "orchestrator/merge.py"),
     "safetensors": ("orchestrator/base/*", "orchestrator/delta.py", "orchestrator/delta/*"),
     "deepspeed": ("orchestrator/train/engine.py",),
+    "sklearn": ("orchestrator/train/metrics.py",),
     "mlflow": ("orchestrator/registry.py", "orchestrator/registry/*"),
     "ray": ("orchestrator/launch/*",),
     "typer": ("orchestrator/cli*.py",),

@@ -34,7 +34,10 @@ Listener = Callable[[str, dict[str, Any]], None]
 """Hears every event of the workers."""
 _PATIENCE_S = 4 * 3600
 """A worker waits this long for the first one, which may be tokenizing a large set for all."""
-_METRICS = {"step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"), "eval": ("eval_loss",)}
+_METRICS = {
+    "step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"),
+    "eval": ("eval_loss", "accuracy", "f1", "mcc"),
+}
 
 
 @dataclass(frozen=True)
