@@ -38,6 +38,11 @@ def merged(delta: Delta, base: Base | Path | str, out_dir: Path | str) -> list[s
     out_dir = Path(out_dir).absolute()
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise DeltaError(f"{out_dir} exists already; name a new folder")
+    if delta.peft_config.get("task_type") == "SEQ_CLS":
+        raise MethodError(
+            f"{delta.path} classifies by a head of its own, which is no change of the base's weights; "
+            "export it as a plain peft folder"
+        )
     folder = base_dir(base)
     warnings = check_base(delta.manifest, source_identity(base))
     model = empty_model(base, torch.float32)

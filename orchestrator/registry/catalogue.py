@@ -313,6 +313,7 @@ def _lineage(delta: Delta, owner: str, metrics: Mapping[str, float], tags: Mappi
             "manta.base.recipe": made.base.recipe,
             "manta.base.licence": made.base.licence,
             "manta.method": made.method.type,
+            "manta.task": made.task.type,
             "manta.knobs": made.method.model_dump(mode="json"),
             "manta.parent": made.parent,
             "manta.data_digest": made.data_digest,
