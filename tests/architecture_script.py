@@ -14,7 +14,7 @@ from orchestrator.train.worker import Place, work
 from tests.launch_kit import SMALL, Folder
 
 
-def main(out: str, bases: dict[str, str], data: str, stage: int) -> None:
+def main(out: str, bases: dict[str, str], data: str, stage: int, more: tuple[str, ...] = ()) -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=ranks)
@@ -33,6 +33,7 @@ def main(out: str, bases: dict[str, str], data: str, stage: int) -> None:
                 "cluster.zero.persistence_threshold=10",
                 "train.steps=2",
                 "train.log_every=1",
+                *more,
             ],
         )
         heard = Folder(Path(out, name, str(rank)))
@@ -43,6 +44,7 @@ def main(out: str, bases: dict[str, str], data: str, stage: int) -> None:
         else:
             loaded = {key: heard.of("loaded", key)[0] for key in ("quantized_fraction", "bytes_here", "bytes_total")}
             report[name] = {"losses": heard.of("step", "loss"), "norms": heard.of("step", "grad_norm"), **loaded}
+            report[name]["evals"] = [values for kind, values in heard.events if kind == "eval"]
     Path(out, f"{rank}.json").write_text(json.dumps(report))
     dist.destroy_process_group()
 

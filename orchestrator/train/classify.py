@@ -85,7 +85,8 @@ class Classifier:
             self._reader = Reader(model, encoder=self.encoder, packed=self.packed)
         end_BT = batch.labels_BT != IGNORE
         slot_P = batch.slot_BT.to(end_BT.device)[end_BT]
-        kinds = {slot: self._pooling(slot) for slot in sorted(set(slot_P.tolist()))}
+        # Of all slots, not of those here: ranks whose backward passes took other ways would wait for each other.
+        kinds = {slot: self._pooling(slot) for slot in self.bank.slots}
         owner_BT, first_BT = self._texts(batch, end_BT)
         h_BTH, pooler_PH = self._reader(
             batch.tokens_BT,
@@ -107,10 +108,8 @@ class Classifier:
 
     def _pooling(self, slot: int) -> str:
         task = self.bank.task(slot)
-        assert isinstance(task, Classification), f"slot {slot} has no head of its own"
-        if task.pooling != "auto":
-            return task.pooling
-        return "mean" if self.encoder else "last"
+        pooling = task.pooling if isinstance(task, Classification) else "last"
+        return pooling if pooling != "auto" else "mean" if self.encoder else "last"
 
     def _texts(self, batch: Batch, end_BT: Tensor) -> tuple[Tensor, Tensor]:
         """For each token the text [0, P) that it is of, -1 for padding and virtual tokens; and each text's first token.
