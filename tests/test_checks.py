@@ -7,6 +7,8 @@ import pytest
 from orchestrator.config.load import load_run, load_serving
 from orchestrator.errors import ConfigError
 
+LABELLED = ("task=classification", "data=some/set")
+
 
 @pytest.fixture(autouse=True)
 def _in_the_checkout(monkeypatch):
@@ -32,6 +34,14 @@ def wrong(load, overrides: list[str]) -> str:
         (["data.streaming=true", "train.steps=5", "data.eval_fraction=0.1"], "data.eval_fraction"),
         (["data.eval=demo", "data.eval_fraction=0.1"], "data.eval_fraction"),
         (["train.early_stopping=2"], "train.early_stopping"),
+        (["train.metric=accuracy", "data.eval=demo"], "train.metric"),
+        ([*LABELLED, "train.metric=mcc"], "train.metric"),
+        (["task=classification", "data.train=demo"], "data.train.0.path"),
+        ([*LABELLED, "data.train={path: some/set, format: prompt}"], "data.train.0.format"),
+        ([*LABELLED, "data.streaming=true", "train.steps=5"], "task.labels"),
+        ([*LABELLED, "task.labels=[a]"], "task.labels"),
+        ([*LABELLED, "task.labels=[a,b,a]"], "task.labels"),
+        ([*LABELLED, "task.labels=[a,'']"], "task.labels"),
         (["data.train={path: demo, format: alpaca}", "data.loss_on=flagged"], "data.train.0.format"),
         (["data=missing.jsonl"], "data.train.0.path"),
         (["data=./missing"], "data.train.0.path"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.config import Base, Cluster, Data, Lora, Run, Source, Tracking, Train, Workers, Zero
@@ -183,6 +183,33 @@ def test_a_streamed_set(base, tmp_path):
     assert value(text, "samples") == "8 among the first 8 records of the stream"
     with pytest.raises(ConfigError, match=r"train\.steps"):
         shown(Run(base=base, data=data))
+
+
+# ---- a classification
+
+
+@pytest.mark.parametrize("arch", ["bert", "llama"])
+def test_a_classification_shows_labels_and_counts_its_head(tmp_path, arch):
+    folder = tiny.save(tmp_path / arch, arch)
+    rows = [{"text": f"the cat {i}", "label": label} for i, label in enumerate(["yes", "no", "\x1bmaybe"])]
+    data = write(tmp_path / "texts.jsonl", *rows)
+    targets = ("query", "intermediate.dense") if arch == "bert" else ("q_proj",)
+    method = Lora(rank=3, targets=targets)
+    run = Run(base=Base(id=str(folder)), method=method, task="classification", data=Data(train=(data,), length=32))
+    text = shown(run)
+    assert value(text, "task") == "classification, pooling auto, 3 labels: ␛maybe, no, yes"
+    assert "trained tokens" not in text
+    for row in rows:
+        around = "<s>{}</s>" if arch == "bert" else "{}"
+        label = row["label"].replace("\x1b", "␛")
+        count = len(tiny.tokenizer(encoder=arch == "bert")(row["text"])["input_ids"])
+        said = rf": {count} tokens, label {label}\n" + re.escape(around.format(row["text"]))
+        assert re.search(said, text), text
+    assert value(text, "tokens").endswith("one label for each sample")
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+    config = LoraConfig(r=3, target_modules=list(targets), task_type="SEQ_CLS")
+    trainable, _ = get_peft_model(theirs, config).get_nb_trainable_parameters()
+    assert value(text, "trainable").startswith(f"{trainable:,} in ")
 
 
 # ---- parameters
