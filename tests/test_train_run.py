@@ -160,8 +160,10 @@ def evaluated(base: Path, held_out: Path, *more: str) -> Run:
 
 
 def test_the_best_delta_is_kept_beside_the_last(base: Path, held_out: Path, tmp_path: Path) -> None:
-    """A learning rate far too high makes the last delta worse than an earlier one."""
-    run = evaluated(base, held_out, "train.steps=8", "train.lr=3", "train.clip=0", "train.checkpoint_every=1")
+    """One record learnt by heart makes the last delta worse on others than an earlier one."""
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "the cat", "completion": "sat on the mat"}))
+    run = evaluated(base, held_out, f"data={one}", "train.steps=8", "train.lr=0.1", "train.checkpoint_every=1")
     heard = train_here(run, tmp_path)
     losses = heard.of("eval", "eval_loss")
     best = min(range(8), key=losses.__getitem__)

@@ -47,6 +47,7 @@ def problems(run: Run) -> list[Problem]:
         *_cluster(run.base, run.cluster),
         *_tracking(run.tracking, run.base),
         *_name(run),
+        *_method(run),
     ]
 
 
@@ -178,6 +179,11 @@ def _cluster(base: Base, cluster: Cluster) -> Iterator[Problem]:
         yield "cluster.storage", f"{cluster.storage} is a file; a folder is needed"
     if base.attention == "flash_attention_2" and cluster.gpus_per_worker == 0:
         yield "base.attention", "flash_attention_2 needs a GPU; take sdpa"
+
+
+def _method(run: Run) -> Iterator[Problem]:
+    if run.method.type == "full" and run.base.quantize != "none":
+        yield "base.quantize", f"method full trains every weight, and {run.base.quantize} ones cannot be; take none"
 
 
 def _name(run: Run) -> Iterator[Problem]:

@@ -69,6 +69,8 @@ class Scope:
     """Hidden size H."""
     modules: frozenset[str] = frozenset()
     """Names of all modules."""
+    others: tuple[str, ...] = ()
+    """Parameters inside the layers that belong to no linear and no normalization layer, such as fused experts."""
     base_id: str = ""
     """Name of the base, for the delta's own config."""
     prefix: str = ""
@@ -114,6 +116,11 @@ class Scope:
             count=len(layers),
             width=text_config(model).hidden_size,
             modules=frozenset(modules),
+            others=tuple(
+                f"{name}.{n}"
+                for n, _ in layers.named_parameters()
+                if f"{name}.{n}".rpartition(".")[0] not in {**linears, **norms}
+            ),
             base_id=base_id,
             prefix="" if out is not None else f"{named.base_model_prefix}.",
             weights=lambda site: dense_parameters(model.get_submodule(site)),

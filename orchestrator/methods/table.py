@@ -6,12 +6,16 @@ from typing import Any
 
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
+from orchestrator.methods.full import Full
 from orchestrator.methods.head import Head
+from orchestrator.methods.last_layers import LastLayers
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
 from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
+    "full": Full(),
+    "last_layers": LastLayers(),
     "lora": LoRA(),
 }
 HEAD = Head()

@@ -6,7 +6,8 @@ all, so it could not keep trials apart).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,23 @@ class Engine:
         self._deepspeed.utils.set_z3_leaf_modules(model, sorted({type(m) for m in layers}, key=str))
         self._engine, *_ = self._deepspeed.initialize(model=model, config=self.config)
         return self._engine.module
+
+    @contextmanager
+    def alike(self, model: Any) -> Iterator[None]:
+        """Inside, every rank's backward pass goes down to the embeddings, whatever its rows' slots train.
+
+        A sharded layer is gathered by all ranks at once: one whose rows train only the last layers would leave the
+        others waiting.
+        """
+        if self.stage != 3 or self.ranks == 1:
+            yield
+            return
+        words: nn.Module = model.get_input_embeddings()
+        handle = words.register_forward_hook(lambda _, __, out: out.requires_grad_())
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def close(self) -> None:
         """Undo DeepSpeed's hooks."""
