@@ -17,7 +17,7 @@ from orchestrator.config import Method, Run
 from orchestrator.data import Prepared, prepare
 from orchestrator.delta import check_base, load_delta
 from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
-from orchestrator.methods import METHODS, Bank
+from orchestrator.methods import METHODS, Bank, Scope
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.engine import Engine, least
 from orchestrator.train.loop import Loop
@@ -68,14 +68,14 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
     engine.same("base", identity.source_hash)
     engine.same("data", data.digest)
-    base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity)
-    bank = Bank(base.model, device=place.device, base_id=run.base.id)
     with reporter.restored() as folder:
         restored = read_checkpoint(folder, run.name) if folder else None
     parent = load_delta(start) if start else None
     for delta in (parent, restored.delta if restored else None):
         for warning in check_base(delta.manifest, identity) if delta else ():
             reporter.event("warning", {"text": warning})
+    base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity)
+    bank = Bank(base.model, device=place.device, base_id=run.base.id)
     knobs = fill_slot(bank, run, restored, parent)
     model = engine.start(base.model)
     if run.train.recompute:
@@ -182,7 +182,9 @@ def freeze_randomness(seed: int) -> None:
 
 def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     dtype = compute_dtype(run.base, place.device)
-    parameters, linears = count_weights(empty_model(run.base, dtype))
+    empty = empty_model(run.base, dtype)
+    METHODS[run.method.type].sites(run.method, Scope.of(empty, run.base.id))  # a wrong target, before all that is slow
+    parameters, linears = count_weights(empty)
     held = held_bytes(run.base, parameters=parameters, linears=linears, itemsize=dtype.itemsize)
     memory, free = least(*_memory(place), device=place.device)
     zero = run.cluster.zero
