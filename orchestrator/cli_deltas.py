@@ -45,7 +45,10 @@ def _record(version: "Version") -> dict[str, Any]:
 
 
 def _table(versions: list["Version"]) -> Table:
-    table = Table("delta", "aliases", "method", "base", "metrics", "owner", "created")
+    table = Table()
+    table.add_column("delta", no_wrap=True)  # what every other command takes
+    for title in ("aliases", "method", "base", "metrics", "owner", "created"):
+        table.add_column(title, overflow="fold")
     for v in versions:
         metrics = ", ".join(f"{key} {value:.4g}" for key, value in sorted(v.metrics.items())[:4])
         method = v.tags.get("manta.method") or v.tags.get("manta.peft_type", "").lower()

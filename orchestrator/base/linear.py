@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 _BLOCK = 64
-_SLICE = 2**20
+_SLICE = 2**18
 """Weights that a CPU quantizes at a time."""
 
 

@@ -17,7 +17,7 @@ from orchestrator.config import Base, Lora, Method, Run
 from orchestrator.data import Prepared, prepare
 from orchestrator.delta import check_base, load_delta
 from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
-from orchestrator.methods import Bank, from_files, knobs_from_peft, method_of
+from orchestrator.methods import Bank, Scope, from_files, knobs_from_peft, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.engine import Engine, least
 from orchestrator.train.loop import Loop
@@ -65,10 +65,16 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     data = first_rank_first(engine, lambda: prepare(run.data, tokenizer, seed=run.train.seed))
     reporter.event("data", data.report.as_dict())
     dtype = compute_dtype(run.base, place.device)
-    identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
+    unquantized = method_of(run.method).unquantized(run.method, layer_count(run.base))
+    identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype, unquantized=unquantized))
     engine.same("base", identity.source_hash)
     engine.same("data", data.digest)
-    unquantized = method_of(run.method).unquantized(run.method, layer_count(run.base))
+    with reporter.restored() as folder:
+        restored = read_checkpoint(folder, run.name) if folder else None
+    parent = load_delta(start) if start else None
+    for delta in (parent, restored.delta if restored else None):
+        for warning in check_base(delta.manifest, identity) if delta else ():
+            reporter.event("warning", {"text": warning})
     base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity, unquantized=unquantized)
     bank = Bank(
         base.model,
@@ -77,12 +83,6 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         source=base.source,
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
     )
-    with reporter.restored() as folder:
-        restored = read_checkpoint(folder, run.name) if folder else None
-    parent = load_delta(start) if start else None
-    for delta in (parent, restored.delta if restored else None):
-        for warning in check_base(delta.manifest, identity) if delta else ():
-            reporter.event("warning", {"text": warning})
     knobs = fill_slot(bank, run, restored, parent)
     engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     model = engine.start(base.model)
@@ -208,7 +208,9 @@ def freeze_randomness(seed: int) -> None:
 
 def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     dtype = compute_dtype(run.base, place.device)
-    parameters, linears = count_weights(empty_model(run.base, dtype))
+    empty = empty_model(run.base, dtype)
+    method_of(run.method).sites(run.method, Scope.of(empty, run.base.id))  # a wrong target, before all that is slow
+    parameters, linears = count_weights(empty)
     held = held_bytes(run.base, parameters=parameters, linears=linears, itemsize=dtype.itemsize)
     memory, free = least(*_memory(place), device=place.device)
     zero = run.cluster.zero
