@@ -33,7 +33,15 @@ _REFUSED = {
     "target_parameters": "targets that are not linear layers",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
+    "exclude_modules": "layers that are left out",
+    "use_qalora": "QALoRA's pooled inputs",
+    "use_bdlora": "block-diagonal matrices",
+    "arrow_config": "Arrow's routing",
+    "kasa_config": "KaSA's singular values",
+    "monteclora_config": "MonteCLoRA's sampling",
 }
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of peft's that change the base's own weights; what is saved of them stands on the changed base."""
 _WHOLE_SVD = 1024
 """Up to this many rows or columns the singular directions are exact; beyond, by subspace iteration (peft's 16)."""
 
@@ -156,8 +164,14 @@ class LoRA(Method):
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Lora:
-        """Knobs of peft's LoRA; however it started, what it holds is B A."""
+        """Knobs of peft's LoRA, if what it holds is B A beside the base as it is."""
         asked = [why for key, why in _REFUSED.items() if config.get(key)]
+        start = str(config.get("init_lora_weights", "")).lower()
+        if start.startswith(_MOVES_BASE):
+            raise MethodError(
+                f"this peft LoRA started as {start}, which changes the base's own weights; peft makes it one for the "
+                "base as it is with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
         asked += ["trained biases"] if config.get("bias", "none") != "none" else []
         if asked:
             raise MethodError(f"this peft LoRA has {', '.join(asked)}, which the method lora does not do")
