@@ -85,7 +85,7 @@ class LoRA(Method):
                 raise MethodError(
                     f"start: loftq makes up for quantization, and {site} is not quantized; take start: zero"
                 )
-        b_OR, a_RI = _directions(weight_OI / _scale(knobs, site), _rank(knobs, site), generator)
+        b_OR, a_RI = directions(weight_OI / _scale(knobs, site), _rank(knobs, site), generator)
         if knobs.start == "loftq":
             return {A: a_RI, B: b_OR}
         return {A: torch.cat([a_RI, a_RI]), B: torch.cat([b_OR, -b_OR], dim=1)}
@@ -207,7 +207,7 @@ def _pattern(key: str) -> str:
     return rf"(?:.*\.)?(?:{key})"
 
 
-def _directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``B`` [O, R] and ``A`` [R, I], whose product is the best approximation of that rank (Eckart & Young 1936)."""
     if min(weight_OI.shape) <= max(_WHOLE_SVD, rank):
         u_OR, s_R, v_RI = torch.linalg.svd(weight_OI, full_matrices=False)

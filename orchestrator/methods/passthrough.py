@@ -10,7 +10,8 @@ Each type of peft 0.21 was run through training, saving, loading here and in pla
 | types | what was seen |
 |---|---|
 | BEFT BOFT C3A DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LN_TUNING LOHA LOKR | losses of a plain loop, to 1e-4 |
-| LORA MISS OFT OSF PEANUT PSOFT RANDLORA ROAD SHIRA SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT | the same |
+| LORA MISS OFT OSF PEANUT PSOFT RANDLORA ROAD SHIRA SUPERTUNING TINYLORA | the same |
+| TRAINABLE_TOKENS UNILORA VBLORA VERA WAVEFT | the same |
 | DEFT, LILY | losses to 1e-3; LILY takes means over all tokens of a pass, so it depends on how samples are packed |
 | PVERA | draws numbers in training, so losses agree in the mean alone |
 | FROD, SHIRA | no preview: their start reads the base's weights |
