@@ -24,7 +24,7 @@ from orchestrator.config.data import Source
 from orchestrator.data import Prepared, Sample, deal, pack, prepare
 from orchestrator.delta import Delta, load_delta, redact
 from orchestrator.errors import ConfigError
-from orchestrator.methods import Bank, Scope, method_of, trained_parameters
+from orchestrator.methods import Bank, method_of, trained_parameters
 from orchestrator.registry.address import resolve_address
 from orchestrator.train.worker import fill_slot, total_steps
 from orchestrator.train.zero import choose_stage, held_bytes
@@ -263,16 +263,20 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
     """
     dtype = compute_dtype(run.base, "cpu" if gpu is False else "cuda")
     model = empty_model(run.base, dtype)
-    scope = Scope.of(model, run.base.id)
-    knobs: Method = run.method
-    if (parent := _parent(run)) is not None:
-        knobs = fill_slot(Bank(model, base_id=run.base.id), run, None, parent)
-    sites = method_of(knobs).sites(knobs, scope)
     base, layers = count_weights(model)
+    bank = Bank(model, base_id=run.base.id)
+    knobs: Method = run.method
+    parent = _parent(run)
+    if parent is not None or not method_of(knobs).mixes:
+        knobs = fill_slot(bank, run, None, parent)
+        sites, trained = bank.sites(0), sum(p.numel() for p in bank.parameters(0).values())
+    else:
+        sites = list(method_of(knobs).sites(knobs, bank.scope))
+        trained = trained_parameters(knobs, sites, bank.scope)
     return Sizes(
         method=knobs,
         sites=len(sites),
-        trained=trained_parameters(knobs, sites, scope),
+        trained=trained,
         base=base,
         layers=layers,
         held=held_bytes(run.base, parameters=base, linears=layers, itemsize=dtype.itemsize),

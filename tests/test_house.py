@@ -26,7 +26,19 @@ from orchestrator.errors import ConfigError
 ROOT = Path(__file__).parents[1]
 LONGEST = 400
 
-LEAVES = ("cli", "cli_deltas", "merge", "preview", "report", "chat", "doctor", "quickstart", "__main__")
+LEAVES = (
+    "cli",
+    "cli_deltas",
+    "changes",
+    "merge",
+    "approximate",
+    "preview",
+    "report",
+    "chat",
+    "doctor",
+    "quickstart",
+    "__main__",
+)
 ORDER = ("errors", "config", "data", "base", "methods", "delta", "train", "registry", "serve", "launch")
 """Rooms in the order in which data walks; the leaves come last and are one room."""
 

@@ -184,6 +184,12 @@ def _cluster(base: Base, cluster: Cluster) -> Iterator[Problem]:
 def _method(run: Run) -> Iterator[Problem]:
     if run.method.type == "full" and run.base.quantize != "none":
         yield "base.quantize", f"method full trains every weight, and {run.base.quantize} ones cannot be; take none"
+    if run.method.whole_base:
+        why = f"method {run.method.type} needs a dense base, whole on each worker"
+        if run.base.quantize != "none":
+            yield "base.quantize", f"{run.base.quantize}: {why}; take base.quantize: none, or another method"
+        if run.cluster.zero.stage == 3:
+            yield "cluster.zero.stage", f"stage 3: {why}; take stage auto, 0, 1 or 2, or another method"
 
 
 def _name(run: Run) -> Iterator[Problem]:

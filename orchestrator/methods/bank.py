@@ -5,7 +5,7 @@ tensors are not part of the module tree: what shards the base never sees them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from orchestrator.config import Classification, Task
 from orchestrator.config import Method as MethodKnobs
-from orchestrator.errors import DeltaError, MethodError
-from orchestrator.methods.method import Hook, Method
+from orchestrator.errors import MethodError
+from orchestrator.methods.fit import check_fit
+from orchestrator.methods.foreign import Foreign
+from orchestrator.methods.method import Hook, Method, Shape
 from orchestrator.methods.route import Route
 from orchestrator.methods.scope import Scope
 from orchestrator.methods.stack import Stack
@@ -45,6 +47,8 @@ class _Slot:
     seed: int
     task: Task | None
     parts: list[_Part]
+    foreign: Foreign | None = None
+    """What computes it in the bank's place; then it is the only slot."""
 
 
 class Bank:
@@ -101,11 +105,17 @@ class Bank:
         """
         if slot in self._slots or slot < 0:
             raise MethodError(f"slot {slot} is {'taken' if slot >= 0 else 'negative'}")
-        parts = [self._part(method_of(knobs), knobs)]
+        method = method_of(knobs)
+        if self._slots and (self._foreign() or not method.mixes):
+            raise MethodError("a slot of the peft library's own modules stands alone: no other slot beside it")
+        if not method.mixes:
+            self._add_foreign(slot, method, knobs, seed, tensors, task)
+            return
+        parts = [self._part(method, knobs)]
         if isinstance(task, Classification):
             parts.append(self._part(HEAD, task))
         values = self._start(parts, seed) if tensors is None else dict(tensors)
-        self._check(parts, values)
+        check_fit(self._shapes(parts), values)
         self._slots[slot] = _Slot(seed, task, parts)
         try:
             for part in parts:
@@ -116,7 +126,10 @@ class Bank:
 
     def remove(self, slot: int) -> None:
         """Empty a slot."""
-        for part in self._slots.pop(slot).parts:
+        gone = self._slots.pop(slot)
+        if gone.foreign:
+            gone.foreign.remove()
+        for part in gone.parts:
             for site in [*part.own, *part.shared]:
                 here = self._wiring.sites.get(site, {}).get(part.method.name)
                 if here is None:
@@ -133,7 +146,7 @@ class Bank:
         """Change a slot's size; its function stays, where the new size can hold it."""
         part = self._slots[slot].parts[0]
         new = self._part(method_of(knobs), knobs)
-        if new.method is not part.method or new.sites != part.sites:
+        if new.method is not part.method or new.sites != part.sites or self._foreign():
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
         seed = self._slots[slot].seed
         for site in part.own:
@@ -179,7 +192,8 @@ class Bank:
 
     def sites(self, slot: int) -> list[str]:
         """Module names that a slot's method acts on."""
-        return list(self._slots[slot].parts[0].sites)
+        foreign = self._slots[slot].foreign
+        return list(foreign.sites if foreign else self._slots[slot].parts[0].sites)
 
     def lead(self, slot: int) -> tuple[int, int]:
         """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin."""
@@ -188,25 +202,29 @@ class Bank:
 
     def changes_head(self, slot: int) -> bool:
         """Whether a slot adds to the logits of the base's own head."""
-        return self.scope.head in self._slots[slot].parts[0].sites
+        return self.scope.head in self.sites(slot)
 
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
         """What of a slot is trained, ``<site>.<name>``; the same objects for the slot's life, for an optimizer."""
-        return {name: stack.views[slot] for name, stack in self._own_stacks(slot) if slot in stack.views}
+        own = {name: stack.views[slot] for name, stack in self._own_stacks(slot) if slot in stack.views}
+        return {**own, **self._foreign(slot)}
 
     def lr_ratios(self, slot: int) -> dict[str, float]:
         """Learning rate of each trained tensor over that of the run."""
-        return {
+        own = {
             f"{site}.{name}": part.method.lr_ratio(part.knobs, name)
             for part in self._slots[slot].parts
             for site in part.own
             for name, stack in self._wiring.sites[site][part.method.name].stacks.items()
             if slot in stack.views
         }
+        return {**own, **dict.fromkeys(self._foreign(slot), 1.0)}
 
     def windows(self, slot: int) -> dict[str, Tensor]:
         """A slot's whole tensors, trained or not, in place."""
-        return {name: stack.value(slot) for name, stack in self._own_stacks(slot)}
+        foreign = self._slots[slot].foreign
+        own = {name: stack.value(slot) for name, stack in self._own_stacks(slot)}
+        return {**own, **foreign.windows()} if foreign else own
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """Copies of a slot's tensors on the CPU."""
@@ -214,17 +232,19 @@ class Bank:
 
     def leaves(self) -> dict[str, Tensor]:
         """The stacked tensors that gradients arrive in, in the same order on every rank."""
-        return {
+        own = {
             f"{site}.{kind}.{name}": stack.leaf
             for site, kinds in self._wiring.sites.items()
             for kind, here in kinds.items()
             for name, stack in here.stacks.items()
             if not here.borrowed and stack.leaf is not None and stack.leaf.requires_grad
         }
+        return {**own, **self._foreign()}
 
     def leaves_of(self, slot: int) -> dict[str, Tensor]:
         """The leaf that holds each of a slot's trained tensors, named as in ``parameters``."""
-        return {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
+        own = {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
+        return {**own, **self._foreign(slot)}
 
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
@@ -235,6 +255,8 @@ class Bank:
         """Forget all gradients."""
         for stack in self._stacks():
             stack.zero_grad()
+        for parameter in self._foreign().values():
+            parameter.grad = None
 
     @contextmanager
     def routed(
@@ -255,7 +277,12 @@ class Bank:
         """
         self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, steps is not None, self.device)
         try:
-            yield
+            with ExitStack() as stack:
+                for slot, here in self._slots.items():
+                    if here.foreign:
+                        step = None if steps is None else steps[slot]
+                        stack.enter_context(here.foreign.running(slot, slot_BT, step, sample_BT))
+                yield
         finally:
             self._wiring.route = None
 
@@ -277,6 +304,31 @@ class Bank:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
+    def _add_foreign(
+        self,
+        slot: int,
+        method: Method,
+        knobs: Any,
+        seed: int,
+        tensors: Mapping[str, Tensor] | None,
+        task: Task | None,
+    ) -> None:
+        if isinstance(task, Classification):
+            raise MethodError(f"the method {method.name} has no classification head; take one of this project's own")
+        foreign = method.inject(knobs, self._wiring.model, self.scope, seed)
+        try:
+            if tensors is not None:
+                foreign.load(tensors)
+        except BaseException:
+            foreign.remove()
+            raise
+        self._slots[slot] = _Slot(seed, task, [_Part(method, foreign.knobs, {}, {})], foreign)
+
+    def _foreign(self, slot: int | None = None) -> dict[str, nn.Parameter]:
+        """The trained tensors that are in no stack, of one slot or of all."""
+        slots = self._slots.values() if slot is None else [self._slots[slot]]
+        return {n: p for here in slots if here.foreign for n, p in here.foreign.parameters.items()}
+
     def _part(self, method: Method, knobs: Any) -> _Part:
         shared = method.shared(knobs, self.scope)
         return _Part(method, knobs, method.sites(knobs, self.scope), shared)
@@ -289,23 +341,13 @@ class Bank:
             for name, value in part.method.start(part.knobs, site, self.scope, _generator(seed, site)).items()
         }
 
-    def _check(self, parts: list[_Part], values: Mapping[str, Tensor]) -> None:
-        wanted = {
+    def _shapes(self, parts: list[_Part]) -> dict[str, Shape]:
+        return {
             f"{site}.{name}": shape
             for part in parts
             for site in part.own
             for name, shape in part.method.shapes(part.knobs, site, self.scope).items()
         }
-        wrong = [f"{n} is missing" for n in wanted if n not in values]
-        wrong += [f"{n} is not one of this method's on this base" for n in values if n not in wanted]
-        wrong += [
-            f"{n} has shape {list(values[n].shape)}, not {list(shape)}"
-            for n, shape in wanted.items()
-            if n in values and tuple(values[n].shape) != shape
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-            raise DeltaError(f"the delta's tensors do not fit: {'; '.join(wrong[:3])}{more}")
 
     def _fill(self, slot: int, part: _Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites

@@ -33,7 +33,15 @@ _REFUSED = {
     "target_parameters": "targets that are not linear layers",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
+    "exclude_modules": "layers that are left out",
+    "use_qalora": "QALoRA's pooled inputs",
+    "use_bdlora": "block-diagonal matrices",
+    "arrow_config": "Arrow's routing",
+    "kasa_config": "KaSA's singular values",
+    "monteclora_config": "MonteCLoRA's sampling",
 }
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of peft's that change the base's own weights; what is saved of them stands on the changed base."""
 _WHOLE_SVD = 1024
 """Up to this many rows or columns the singular directions are exact; beyond, by subspace iteration (peft's 16)."""
 
@@ -77,7 +85,7 @@ class LoRA(Method):
                 raise MethodError(
                     f"start: loftq makes up for quantization, and {site} is not quantized; take start: zero"
                 )
-        b_OR, a_RI = _directions(weight_OI / _scale(knobs, site), _rank(knobs, site), generator)
+        b_OR, a_RI = directions(weight_OI / _scale(knobs, site), _rank(knobs, site), generator)
         if knobs.start == "loftq":
             return {A: a_RI, B: b_OR}
         return {A: torch.cat([a_RI, a_RI]), B: torch.cat([b_OR, -b_OR], dim=1)}
@@ -156,8 +164,14 @@ class LoRA(Method):
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Lora:
-        """Knobs of peft's LoRA; however it started, what it holds is B A."""
+        """Knobs of peft's LoRA, if what it holds is B A beside the base as it is."""
         asked = [why for key, why in _REFUSED.items() if config.get(key)]
+        start = str(config.get("init_lora_weights", "")).lower()
+        if start.startswith(_MOVES_BASE):
+            raise MethodError(
+                f"this peft LoRA started as {start}, which changes the base's own weights; peft makes it one for the "
+                "base as it is with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
         asked += ["trained biases"] if config.get("bias", "none") != "none" else []
         if asked:
             raise MethodError(f"this peft LoRA has {', '.join(asked)}, which the method lora does not do")
@@ -193,7 +207,7 @@ def _pattern(key: str) -> str:
     return rf"(?:.*\.)?(?:{key})"
 
 
-def _directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``B`` [O, R] and ``A`` [R, I], whose product is the best approximation of that rank (Eckart & Young 1936)."""
     if min(weight_OI.shape) <= max(_WHOLE_SVD, rank):
         u_OR, s_R, v_RI = torch.linalg.svd(weight_OI, full_matrices=False)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.drop import Drop
+from orchestrator.methods.foreign import Foreign
 from orchestrator.methods.scope import Scope as Scope  # methods import it from here
 
 Hook = Literal["input", "output", "sublayer", "embed", "key_value", "head"]
@@ -54,6 +55,8 @@ class Method(ABC):
     """Its torch-free knobs in ``config``."""
     packs: bool = True
     """Whether slots of it may share a base with others in training; else it runs solo."""
+    mixes: bool = True
+    """Whether its tensors lie in the bank's stacks, beside other slots'. Else ``inject`` makes what computes it."""
     uses_base_output: bool = False
     """Whether the hook ``output`` looks at the base's output."""
     peft_type: str | None = None
@@ -66,6 +69,10 @@ class Method(ABC):
     def variant(self, knobs: Any) -> "Method":
         """The implementation for these knobs, where they ask for another kernel; else itself."""
         return self
+
+    def inject(self, knobs: Any, model: nn.Module, scope: Scope, seed: int) -> Foreign:
+        """Modules that compute it in the bank's place, put into the model; for a method that does not mix."""
+        raise NotImplementedError
 
     @abstractmethod
     def sites(self, knobs: Any, scope: Scope) -> dict[str, Hook]:

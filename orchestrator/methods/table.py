@@ -5,18 +5,19 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.config import Knobs
-from orchestrator.errors import MethodError
 from orchestrator.methods.full import Full
 from orchestrator.methods.head import Head
 from orchestrator.methods.last_layers import LastLayers
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
+from orchestrator.methods.passthrough import Passthrough
 from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
     "full": Full(),
     "last_layers": LastLayers(),
     "lora": LoRA(),
+    "peft": Passthrough(),
 }
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""
@@ -41,14 +42,11 @@ def trained_parameters(knobs: Any, sites: Iterable[str], scope: Scope) -> int:
 
 
 def knobs_from_peft(config: Mapping[str, Any]) -> Any:
-    """Knobs read off an ``adapter_config.json``.
+    """Knobs read off an ``adapter_config.json``; of a type without a counterpart here, those that hand it through.
 
     Raises:
-        MethodError: peft's type has no counterpart here, or asks for something that it does not do.
+        MethodError: peft has no such type, or it asks for something that is not done here.
     """
     kind = config.get("peft_type")
-    found = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), None)
-    if found is None:
-        known = ", ".join(sorted(m.peft_type for m in METHODS.values() if m.peft_type))
-        raise MethodError(f"peft type {kind!r} has no counterpart here; there is {known}")
+    found = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), METHODS["peft"])
     return found.from_peft(config)

@@ -152,15 +152,15 @@ def least(*values: int, device: torch.device) -> tuple[int, ...]:
 
 
 def _flat(values: list[Tensor], collective: Any) -> None:
-    """One collective for many tensors."""
-    if not values:
-        return
-    flat = torch.cat([v.reshape(-1) for v in values])
-    collective(flat)
-    at = 0
-    for value in values:
-        value.copy_(flat[at : at + value.numel()].view_as(value))
-        at += value.numel()
+    """One collective for many tensors, or one for each of their dtypes: no index is rounded to a float."""
+    for dtype in dict.fromkeys(v.dtype for v in values):
+        same = [v for v in values if v.dtype == dtype]
+        flat = torch.cat([v.reshape(-1) for v in same])
+        collective(flat)
+        at = 0
+        for value in same:
+            value.copy_(flat[at : at + value.numel()].view_as(value))
+            at += value.numel()
 
 
 def _import_deepspeed() -> Any:

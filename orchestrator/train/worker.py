@@ -60,12 +60,13 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         Why it ended: ``finished``, ``stopped early``, or what told it to stop.
     """
     freeze_randomness(run.train.seed)
+    method = method_of(run.method)  # knows what the config alone cannot
     tokenizer = load_tokenizer(run.base)
     engine = _engine(run, place, reporter)
     data = first_rank_first(engine, lambda: prepare(run.data, tokenizer, seed=run.train.seed))
     reporter.event("data", data.report.as_dict())
     dtype = compute_dtype(run.base, place.device)
-    unquantized = method_of(run.method).unquantized(run.method, layer_count(run.base))
+    unquantized = method.unquantized(run.method, layer_count(run.base))
     identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype, unquantized=unquantized))
     engine.same("base", identity.source_hash)
     engine.same("data", data.digest)
@@ -142,7 +143,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         engine.close()
 
 
-def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Method:
+def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Any:
     """Start values, a checkpoint's, or another delta's; returns the knobs in force.
 
     Raises:
@@ -151,13 +152,13 @@ def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> M
     delta = restored.delta if restored else parent
     if delta is None:
         bank.add(SLOT, run.method, seed=run.train.seed)
-        return run.method
+        return bank.knobs(SLOT)
     knobs: Method = delta.manifest.method if delta.manifest else knobs_from_peft(delta.peft_config)
     if not restored:
         knobs = _same_size(run.method, knobs)
     tensors = from_files(knobs, run.task, delta.tensors, bank.scope)
     bank.add(SLOT, knobs, seed=run.train.seed, tensors=tensors)
-    return knobs
+    return bank.knobs(SLOT)
 
 
 _LEARNING = {"type", "dropout", "lr_ratio", "rechoose_every", "rechoose_share"}
@@ -173,11 +174,20 @@ def _same_size(asked: Method, found: Method) -> Method:
     wrong = [
         f"{key}={getattr(asked, key)!r} (the delta has {getattr(found, key)!r})"
         for key in type(asked).model_fields
-        if key in asked.model_fields_set - _LEARNING and getattr(asked, key) != getattr(found, key)
+        if key in asked.model_fields_set - _LEARNING and not _agrees(getattr(asked, key), getattr(found, key))
     ]
     if wrong:
         raise MethodError(f"train.init_from keeps the delta's method and size; the run asks for {', '.join(wrong)}")
     return found.model_copy(update={k: getattr(asked, k) for k in _LEARNING & set(type(asked).model_fields)})
+
+
+def _agrees(asked: Any, found: Any) -> bool:
+    """Whether what is asked for is there; of options by name, each that is asked for."""
+    if isinstance(asked, dict) and isinstance(found, dict):
+        return all(key in found and _agrees(value, found[key]) for key, value in asked.items())
+    if isinstance(asked, list) and isinstance(found, list):
+        return sorted(asked, key=str) == sorted(found, key=str)
+    return bool(asked == found)
 
 
 def first_rank_first(engine: Engine, do: Callable[[], T]) -> T:
@@ -215,6 +225,11 @@ def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     memory, free = least(*_memory(place), device=place.device)
     zero = run.cluster.zero
     stage = choose_stage(zero, held=held, memory=memory, ranks=place.ranks)
+    if stage == 3 and run.method.whole_base:
+        raise MethodError(
+            f"method {run.method.type} needs the whole base on each worker, and {held / 2**30:.1f} GiB do not fit "
+            "there; take method: lora, which trains on a sharded or quantized base"
+        )
     share = held if stage != 3 else 0 if zero.offload == "cpu" else held // place.ranks
     if share > free:
         raise OutOfMemoryError(
