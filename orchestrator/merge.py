@@ -10,7 +10,7 @@ import torch
 from orchestrator.changes import Changes
 from orchestrator.config import Base
 from orchestrator.delta import Delta, new_dir, parse_header, write_file
-from orchestrator.errors import BaseModelError, DeltaError
+from orchestrator.errors import BaseModelError, DeltaError, MethodError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NOT_COPIED = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -31,6 +31,11 @@ def merged(delta: Delta, base: Base | Path | str, out_dir: Path | str) -> list[s
     out_dir = Path(out_dir).absolute()
     if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
         raise DeltaError(f"{out_dir} exists already; name a new folder")
+    if delta.peft_config.get("task_type") == "SEQ_CLS":
+        raise MethodError(
+            f"{delta.path} classifies by a head of its own, which is no change of the base's weights; "
+            "export it as a plain peft folder"
+        )
     changes = Changes(delta, base)
     reader = changes.reader
     plan: dict[Path, dict[str, tuple[str, str]]] = {path: {} for path in reader.files}

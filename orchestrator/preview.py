@@ -6,42 +6,36 @@ Starts nothing, contacts no cluster, and writes nothing but the cache of tokeniz
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
 
 from orchestrator.base import compute_dtype, load_tokenizer
+from orchestrator.base.encoder import pooler
 from orchestrator.base.load import empty_model
 from orchestrator.base.memory import host_memory
 from orchestrator.base.model import count_weights
-from orchestrator.config import Method, Run, home
+from orchestrator.config import CausalLM, Classification, Method, Run, Task, home
 from orchestrator.config.data import Source
-from orchestrator.data import Prepared, Sample, deal, pack, prepare
+from orchestrator.data import Prepared, Report, Sample, deal, pack
 from orchestrator.delta import Delta, load_delta, redact
 from orchestrator.errors import ConfigError
-from orchestrator.methods import Bank, method_of, trained_parameters
+from orchestrator.methods import Bank, Scope, head_parameters, method_of, trained_parameters
+from orchestrator.preview_samples import CONTROL, print_samples
 from orchestrator.registry.address import resolve_address
+from orchestrator.train.task import prepare_run, task_of, uses_encoder
 from orchestrator.train.worker import fill_slot, total_steps
 from orchestrator.train.zero import choose_stage, held_bytes
 
 SHOWN = 3
 """Samples, and reasons for left-out records, that are shown."""
-EDGE = 160
-"""Tokens shown at each end of a longer sample."""
+LABELS = 10
+"""Labels that are named."""
 LOOKED_AT = 10_000
 """Most samples whose lengths are looked at; of a streamed set, one step's are."""
-_LEAD = 8
-"""Tokens read before the end part of a cut sample, so that it begins with a whole character."""
-_TRAINED = "bold green"
-_CONTROL = {c: (0x2421 if c == 0x7F else 0x2400 + c) for c in (*range(32), 0x7F) if chr(c) not in "\n\t"}
-"""Control characters, as a terminal would obey them, to their pictures."""
-_CONTROL |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
 Fact = tuple[str, str]
 """A line of the report: label and value."""
 
@@ -63,11 +57,13 @@ def preview(run: Run, *, address: str | None = None, console: Console | None = N
     place = _place(run, address)
     sizes = measure(run, gpu=place.gpu)
     tokenizer = load_tokenizer(run.base)
-    data = prepare(run.data, tokenizer, seed=run.train.seed)
+    data = prepare_run(run, tokenizer, _parent(run))
+    if isinstance(data.task, Classification):
+        sizes = replace(sizes, trained=sizes.trained + head_parameters(data.task, sizes.scope))
     size = data.train.size
     ahead = data.train.take(max(run.train.batch_size, SHOWN if size is None else min(size, LOOKED_AT)))
     _print(console, "Run", _settings(run, data, sizes.method))
-    _print_samples(console, tokenizer, ahead[: SHOWN if size is None else min(size, SHOWN)])
+    print_samples(console, tokenizer, ahead[: SHOWN if size is None else min(size, SHOWN)], data.task)
     _print(console, "Data", _counts(run, data, ahead, tokenizer.pad_token_id))
     _print(console, "Parameters", _parameters(run, sizes))
     _print(console, "Launch", _launch(run, place, sizes))
@@ -77,7 +73,7 @@ def _print(console: Console, title: str, facts: Iterable[Fact]) -> None:
     console.print(Text(title, "bold"))
     for label, value in facts:
         line = Text(f"  {label:<12} ", "cyan")
-        line.append(value.translate(_CONTROL), "red" if label == "problem" else "default")
+        line.append(value.translate(CONTROL), "red" if label == "problem" else "default")
         console.print(line, soft_wrap=True, highlight=False)
     console.print()
 
@@ -93,6 +89,11 @@ def _settings(run: Run, data: Prepared, method: Method) -> Iterator[Fact]:
     knobs = {k: v for k, v in method.model_dump(mode="json").items() if k != "type"}
     said = ", ".join(f"{k} {_plain(v)}" for k, v in knobs.items())
     yield "method", f"{method.type}: {said}"
+    if isinstance(data.task, Classification):
+        labels = data.task.labels or ()
+        more = f" and {len(labels) - LABELS:,} more" if len(labels) > LABELS else ""
+        named = ", ".join(labels[:LABELS]) + more
+        yield "task", f"classification, pooling {data.task.pooling}, {len(labels):,} labels: {named}"
     if train.init_from:
         yield "start", f"goes on from {train.init_from}"
     yield "data", _named(run.data.train)
@@ -118,78 +119,14 @@ def _named(sources: Iterable[Source]) -> str:
     return ", ".join(redact(s.path) + (f"[{s.split}]" if s.split != "train" else "") for s in sources)
 
 
-# ---- samples
-
-
-def pieces(tokenizer: Any, sample: Sample, first: int = 0, last: int | None = None) -> Iterator[tuple[int, str, bool]]:
-    """The tokens from ``first`` to ``last`` as text: index behind the piece, its text, whether it is trained.
-
-    A piece is one token, or the few that share a character. Special tokens are text like any other. A sample's first
-    token is nobody's next one, so it is never trained.
-    """
-    tokens = sample.tokens[:last]
-    start, before = first, first
-    for end in range(first + 1, len(tokens) + 1):
-        target = sample.trained[start] and start > 0
-        closes = end == len(tokens) or (sample.trained[end] and end > 0) != target
-        # A decoder may look at what stands before (some put no blank at the start), so the last piece goes with it.
-        head, whole = _decode(tokenizer, tokens[before:start]), _decode(tokenizer, tokens[before:end])
-        text = whole[len(head) :] if whole.startswith(head) else _decode(tokenizer, tokens[start:end])
-        if text.endswith("\ufffd") and not closes:
-            continue  # the rest of the character is in the next token
-        yield end, text, target
-        before, start = start, end
-
-
-def _decode(tokenizer: Any, tokens: list[int]) -> str:
-    if not tokens:
-        return ""
-    text: str = tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _print_samples(console: Console, tokenizer: Any, samples: list[Sample]) -> None:
-    marks = ("", "") if console.is_terminal and console.color_system and not console.no_color else ("«", "»")
-    how = f"between {' and '.join(marks)}" if marks[0] else "coloured"
-    console.print(Text("Samples", "bold").append(f"  trained tokens {how}", "dim"))
-    for number, sample in enumerate(samples, 1):
-        count = f"{len(sample.tokens):,} tokens, {sample.targets:,} of them trained"
-        console.print(Text(f"  {number}: {count}", "cyan"), soft_wrap=True)
-        console.print(_shown(tokenizer, sample, marks), soft_wrap=True, highlight=False)
-    console.print()
-
-
-def _shown(tokenizer: Any, sample: Sample, marks: tuple[str, str]) -> Text:
-    """The sample, without its middle where it is long."""
-    count = len(sample.tokens)
-    text, cut = Text(), slice(EDGE, count - EDGE)
-    if count <= 2 * EDGE + _LEAD:
-        return _append(text, ((piece, target) for _, piece, target in pieces(tokenizer, sample)), marks)
-    _append(text, ((piece, target) for _, piece, target in pieces(tokenizer, sample, 0, EDGE)), marks)
-    text.append(f" … {count - 2 * EDGE:,} tokens, {sum(sample.trained[cut]):,} of them trained … ", "dim italic")
-    rest = pieces(tokenizer, sample, cut.stop - _LEAD)
-    return _append(text, ((piece, target) for end, piece, target in rest if end > cut.stop), marks)
-
-
-def _append(text: Text, parts: Iterable[tuple[str, bool]], marks: tuple[str, str]) -> Text:
-    for target, run in groupby(parts, key=lambda part: part[1]):
-        said = "".join(piece for piece, _ in run).translate(_CONTROL)
-        if target:
-            text.append(marks[0], "dim").append(said, _TRAINED).append(marks[1], "dim")
-        else:
-            text.append(said)
-    return text
-
-
 # ---- counts
 
 
 def _counts(run: Run, data: Prepared, ahead: list[Sample], pad_id: int) -> Iterator[Fact]:
     report, size = data.report, data.train.size
     so_far = "" if size is not None else f" among the first {report.records:,} records of the stream"
-    share = report.trained_tokens / report.tokens
     yield "samples", f"{report.samples:,}{so_far}"
-    yield "tokens", f"{report.tokens:,}, {report.trained_tokens:,} of them trained ({share:.1%})"
+    yield "tokens", _tokens(report, data.task)
     all_seen = size is not None and len(ahead) >= size and len(report.sources) == 1
     seen = "" if all_seen else f" among the {len(ahead):,} that come first"
     yield "longest", f"{max(len(s.tokens) for s in ahead):,} tokens{seen}"
@@ -209,9 +146,17 @@ def _counts(run: Run, data: Prepared, ahead: list[Sample], pad_id: int) -> Itera
         yield "eval", "none: the last delta is kept, not the best"
     else:
         out = f"; {held.truncated:,} truncated, {held.skipped + held.dropped:,} left out" if run.data.eval else ""
-        yield "eval", f"{held.samples:,} samples, {held.tokens:,} tokens, {held.trained_tokens:,} of them trained{out}"
+        targets = "" if isinstance(data.task, Classification) else f", {held.trained_tokens:,} of them trained"
+        yield "eval", f"{held.samples:,} samples, {held.tokens:,} tokens{targets}{out}"
         for reason in held.reasons[:SHOWN]:
             yield "", redact(reason)
+
+
+def _tokens(report: Report, task: Task) -> str:
+    if isinstance(task, Classification):
+        return f"{report.tokens:,}, one label for each sample"
+    share = report.trained_tokens / report.tokens
+    return f"{report.tokens:,}, {report.trained_tokens:,} of them trained ({share:.1%})"
 
 
 def _packed(run: Run, ahead: list[Sample], pad_id: int) -> str:
@@ -244,7 +189,7 @@ class Sizes:
     sites: int
     """Modules that the delta acts on."""
     trained: int
-    """Parameters of the delta."""
+    """Parameters of the delta, without a head of its own."""
     base: int
     """Parameters of the base."""
     layers: int
@@ -253,6 +198,8 @@ class Sizes:
     """Bytes of the base as it is held, about."""
     fp32: bool
     """Whether the base computes in fp32."""
+    scope: Scope
+    """Names and sizes of the base's parts."""
 
 
 def measure(run: Run, *, gpu: bool | None) -> Sizes:
@@ -262,17 +209,20 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
         MantaError: the base is not there, a target matches nothing, or the delta to go on from does not fit.
     """
     dtype = compute_dtype(run.base, "cpu" if gpu is False else "cuda")
-    model = empty_model(run.base, dtype)
+    model = empty_model(run.base, dtype, encoder=uses_encoder(run))
+    if isinstance(run.task, Classification) and run.task.pooling == "pooler":
+        pooler(model)  # has it one?
     base, layers = count_weights(model)
     bank = Bank(model, base_id=run.base.id)
     knobs: Method = run.method
     parent = _parent(run)
     if parent is not None or not method_of(knobs).mixes:
-        knobs = fill_slot(bank, run, None, parent)
-        sites, trained = bank.sites(0), sum(p.numel() for p in bank.parameters(0).values())
-    else:
+        knobs = fill_slot(bank, run, task_of(parent) if parent else CausalLM(), None, parent)
+    if method_of(knobs).mixes:
         sites = list(method_of(knobs).sites(knobs, bank.scope))
         trained = trained_parameters(knobs, sites, bank.scope)
+    else:
+        sites, trained = bank.sites(0), sum(p.numel() for p in bank.parameters(0).values())
     return Sizes(
         method=knobs,
         sites=len(sites),
@@ -281,6 +231,7 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
         layers=layers,
         held=held_bytes(run.base, parameters=base, linears=layers, itemsize=dtype.itemsize),
         fp32=dtype == torch.float32,
+        scope=bank.scope,
     )
 
 

@@ -22,7 +22,8 @@ from orchestrator.data.demo import demo_records
 from orchestrator.delta import save_delta
 from orchestrator.errors import BaseModelError, ConfigError, DataError, MethodError, RegistryError
 from orchestrator.methods import METHODS, Bank
-from orchestrator.preview import EDGE, measure, pieces, preview
+from orchestrator.preview import measure, preview
+from orchestrator.preview_samples import EDGE, pieces
 from tests import tiny
 
 GREEN, PLAIN = "\x1b[1;32m", "\x1b[0m"

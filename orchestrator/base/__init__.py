@@ -1,5 +1,6 @@
 """The frozen base: found, loaded shard by shard, quantized, identified. The only room that knows bitsandbytes."""
 
+from orchestrator.base.encoder import is_encoder
 from orchestrator.base.files import base_dir, load_tokenizer
 from orchestrator.base.identity import source_identity
 from orchestrator.base.linear import Int8Linear, NF4Linear, dense_weight, linear_shape
@@ -13,6 +14,7 @@ __all__ = [
     "base_dir",
     "compute_dtype",
     "dense_weight",
+    "is_encoder",
     "linear_shape",
     "load_base",
     "load_tokenizer",

@@ -156,6 +156,9 @@ def empty_model(base: Base, dtype: torch.dtype, *, encoder: bool = False) -> Any
             raise
         kind = "an encoder" if encoder else "a causal language model"
         raise BaseModelError(f"base {base.id}: not {kind} that transformers loads: {e}") from e
+    pooled = encoder and getattr(model, "pooler", None) is not None and base.random_init is None
+    if pooled and not any("pooler." in name for name in WeightReader(folder).names()):
+        model.pooler = None  # it was not trained with the rest (RoBERTa)
     return model
 
 

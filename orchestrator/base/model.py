@@ -33,6 +33,11 @@ def count_weights(model: nn.Module) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(o * i for o, i in shapes)
 
 
+def bare(model: Any) -> Any:
+    """The transformer without a language-model head; a bare one is itself."""
+    return model.base_model
+
+
 def head(model: Any) -> nn.Module:
     """The module that turns hidden states into logits."""
     module = model.get_output_embeddings()

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +15,8 @@ from orchestrator.config.cluster import Cluster, Tracking
 from orchestrator.config.data import Data
 from orchestrator.config.run import NAME_PATTERN, Run
 from orchestrator.config.serving import Serving
-from orchestrator.config.train import Train
+from orchestrator.config.task import MOST_LABELS, Classification
+from orchestrator.config.train import HIGHER_IS_BETTER, Train
 
 Problem = tuple[str, str]
 
@@ -43,6 +45,7 @@ def problems(run: Run) -> list[Problem]:
         *_base(run.base),
         *_data(run.data, run.train),
         *_train(run.data, run.train),
+        *_task(run),
         *_flash(run),
         *_cluster(run.base, run.cluster),
         *_tracking(run.tracking, run.base),
@@ -141,6 +144,35 @@ def _data(data: Data, train: Train) -> Iterator[Problem]:
         yield "data.streaming", "a streamed set has no known length; give train.steps"
     if data.streaming and data.eval_fraction:
         yield "data.eval_fraction", "a streamed set cannot be split; name held-out records in data.eval"
+
+
+def _task(run: Run) -> Iterator[Problem]:
+    task, metric = run.task, run.train.metric
+    if not isinstance(task, Classification):
+        if metric in HIGHER_IS_BETTER:
+            yield "train.metric", f"{metric} is of a classification; take eval_loss, or task: classification"
+        return
+    if metric in HIGHER_IS_BETTER and not (run.data.eval or run.data.eval_fraction):
+        yield "train.metric", f"{metric} needs held-out records: give data.eval or data.eval_fraction"
+    for part, sources in (("train", run.data.train), ("eval", run.data.eval)):
+        for i, source in enumerate(sources):
+            if source.format not in ("auto", "label"):
+                yield (
+                    f"data.{part}.{i}.format",
+                    f"a classification reads text and label; take label, not {source.format}",
+                )
+            if source.path == "demo":
+                yield f"data.{part}.{i}.path", "the demo task has no labels; name records with text and label"
+    if (labels := task.labels) is None:
+        if run.data.streaming:
+            yield "task.labels", "a streamed set is not read through for its labels; name them"
+        return
+    if not 2 <= len(labels) <= MOST_LABELS:
+        yield "task.labels", f"got {len(labels):,} labels; a head has 2 to {MOST_LABELS:,}"
+    if twice := [label for label, times in Counter(labels).items() if times > 1]:
+        yield "task.labels", f"named twice: {', '.join(twice[:3])}"
+    if "" in labels:
+        yield "task.labels", "a label is empty"
 
 
 def _train(data: Data, train: Train) -> Iterator[Problem]:

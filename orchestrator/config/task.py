@@ -6,6 +6,9 @@ from pydantic import BeforeValidator, Field
 
 from orchestrator.config.strict import Strict
 
+MOST_LABELS = 10_000
+"""Labels that a head has at most; more are hardly classes."""
+
 
 class CausalLM(Strict):
     """Next-token prediction on the trained tokens."""

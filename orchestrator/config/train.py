@@ -6,6 +6,9 @@ from pydantic import Field
 
 from orchestrator.config.strict import Strict
 
+HIGHER_IS_BETTER = frozenset({"accuracy", "f1", "mcc"})
+"""Metrics of which more is better; of all others less is."""
+
 
 class Train(Strict):
     """Optimizer, schedule, evaluation, checkpoints."""
@@ -48,8 +51,9 @@ class Train(Strict):
     """Last checkpoints to keep. The best delta is kept apart."""
     early_stopping: int | None = Field(default=None, ge=1)
     """Stop after this many evaluations without improvement."""
-    metric: Literal["eval_loss", "loss"] = "eval_loss"
-    """What picks the best delta. Without a held-out set the last one is kept."""
+    metric: Literal["eval_loss", "loss", "accuracy", "f1", "mcc"] = "eval_loss"
+    """What picks the best delta; of a classification also accuracy, macro F1 or Matthews correlation of the held-out
+    set. Without a held-out set the last one is kept."""
     log_every: int = Field(default=1, ge=1)
     """Steps between reports."""
     seed: int = Field(default=0, ge=0)

@@ -24,11 +24,13 @@ class Sample:
     """Per token: is it a target."""
     key: int = 0
     """Index in the data set; seeds what is random about the sample, such as dropout."""
+    label: int | None = None
+    """Of a text to classify: index of its label. Then no token is a target, and the sample is one."""
 
     @property
     def targets(self) -> int:
-        """Tokens that count in the loss; the first token of a sample never does."""
-        return sum(self.trained[1:])
+        """What counts in the loss: the label, or the trained tokens; the first token of a sample never does."""
+        return sum(self.trained[1:]) if self.label is None else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Batch:
     tokens_BT: Tensor
     """Token ids."""
     labels_BT: Tensor
-    """The next token of the same segment where it is a target, else ``IGNORE``: already shifted."""
+    """The next token of the same segment where it is a target, else ``IGNORE``: already shifted. Of a text to classify
+    its label, at its last token."""
     slot_BT: Tensor
     """Slot of each token, its row's."""
     segment_BT: Tensor

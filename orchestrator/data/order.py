@@ -6,6 +6,7 @@ A streamed set is shuffled window by window: its cursor is where the window bega
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, overload
 
 import numpy as np
@@ -170,7 +171,7 @@ class Streamed:
             drawn = np.random.default_rng([self._seed, _MIX, position]).random() if len(self._streams) > 1 else 0.0
             source = min(int(np.searchsorted(self._bounds, drawn, side="right")), len(self._streams) - 1)
             sample, number = self._streams[source].next()
-            taken.append(Sample(sample.tokens, sample.trained, number * len(self._streams) + source))
+            taken.append(replace(sample, key=number * len(self._streams) + source))
         self._position += n
         return taken
 

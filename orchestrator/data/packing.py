@@ -122,6 +122,8 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
 
 
 def _labels(sample: Sample) -> list[int]:
-    """Per token the next one, where that is a target."""
+    """Per token the next one, where that is a target; or the sample's label, at its last token."""
+    if sample.label is not None:
+        return [*[IGNORE] * (len(sample.tokens) - 1), sample.label]
     following = zip(sample.tokens[1:], sample.trained[1:], strict=True)
     return [*(t if trained else IGNORE for t, trained in following), IGNORE][: len(sample.tokens)]

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.config import Data, Source, home
+from orchestrator.config import CausalLM, Classification, Data, Source, Task, home
 from orchestrator.data.batch import Sample
 from orchestrator.data.counts import Report
+from orchestrator.data.labels import TextEncoder, read_labels
 from orchestrator.data.order import Held, Indices, SampleSource, Shuffled, Stream, Streamed
 from orchestrator.data.read import open_source
 from orchestrator.data.records import resolve_format
@@ -34,15 +35,27 @@ class Prepared:
     """What became of the records."""
     digest: str
     """sha256 of the training samples and their weights; of a streamed set, of its name and settings."""
+    task: Task
+    """What is learnt; of a classification, with its labels."""
 
 
-def prepare(data: Data, tokenizer: Any, *, seed: int, cache: Path | None = None) -> Prepared:
+def prepare(
+    data: Data,
+    tokenizer: Any,
+    *,
+    seed: int,
+    task: Task | None = None,
+    longest: int | None = None,
+    cache: Path | None = None,
+) -> Prepared:
     """Read, render, tokenize (once, into the cache), split and order the records.
 
     Args:
         data: The config.
         tokenizer: A transformers tokenizer.
         seed: Draws the order and the held-out records.
+        task: What is learnt; default: next tokens. A classification without labels gets those of the training records.
+        longest: Most tokens of a text to classify that the base takes.
         cache: Directory of the tokenized sets; default ``$MANTA_HOME/cache/samples``. Any number of processes share it.
 
     Raises:
@@ -56,7 +69,12 @@ def prepare(data: Data, tokenizer: Any, *, seed: int, cache: Path | None = None)
         raise DataError(
             "data.eval_fraction needs the whole set at hand; with data.streaming give held-out sources in data.eval"
         )
-    shop = _Shop(Renderer(tokenizer, data), tokenizer_digest(tokenizer), cache or home() / "cache" / "samples")
+    cache = cache or home() / "cache" / "samples"
+    task = _with_labels(task or CausalLM(), data, cache)
+    renderer = Renderer(tokenizer, data)
+    if isinstance(task, Classification):
+        renderer = TextEncoder(tokenizer, data, task.labels or (), longest)
+    shop = _Shop(renderer, tokenizer_digest(tokenizer), cache)
     train: SampleSource
     if data.streaming:
         train, report, digest = _stream(shop, seed)
@@ -72,7 +90,17 @@ def prepare(data: Data, tokenizer: Any, *, seed: int, cache: Path | None = None)
         held_out = Held(stores, held)
         tokens, trained = _counts(stores, held)
         report.eval = Report(samples=len(held_out), tokens=tokens, trained_tokens=trained, cached=report.cached)
-    return Prepared(train, held_out, report, digest)
+    return Prepared(train, held_out, report, digest, task)
+
+
+def _with_labels(task: Task, data: Data, cache: Path) -> Task:
+    if not isinstance(task, Classification) or task.labels is not None:
+        return task
+    if data.streaming:
+        raise DataError("a streamed set is not read through for its labels; name them in task.labels")
+    readers = [(source, open_source(source)) for source in data.train]
+    found = read_labels([(source, reader, reader.digest()) for source, reader in readers], cache)
+    return task.model_copy(update={"labels": found})
 
 
 @dataclass(frozen=True)
@@ -133,10 +161,13 @@ def _stream(shop: _Shop, seed: int) -> tuple[Streamed, Report, str]:
     data, report, streams, keys = shop.renderer.data, Report(), [], []
     for number, source in enumerate(data.train):
         reader = open_source(source, streaming=True)
-        layout = resolve_format(source, reader, data)
+        layout = shop.renderer.layout or resolve_format(source, reader, data)
         streams.append(Stream(source, reader, shop.renderer, layout, rng=[seed, number], report=report))
         keys.append(
-            [store_key(source, data, records=json.dumps(reader.marks()), tokenizer=shop.tokenizer), source.weight]
+            [
+                store_key(source, shop.renderer, records=json.dumps(reader.marks()), tokenizer=shop.tokenizer),
+                source.weight,
+            ]
         )
     total = sum(s.weight for s in data.train)
     report.sources = [{"path": s.path, "share": s.weight / total} for s in data.train]

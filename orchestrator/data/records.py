@@ -1,4 +1,4 @@
-"""The record layouts, and what each becomes: a conversation, a prompt with its completion, or plain text.
+"""The record layouts, and what each becomes: a conversation, a prompt with its completion, plain text, a labelled one.
 
 ``auto`` reads the layout off the field names: ``messages``; ``conversations`` (ShareGPT); ``instruction`` + ``output``
 (Alpaca); ``prompt`` + ``completion``; ``text`` + ``label``; ``text``.
@@ -6,7 +6,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -56,6 +56,8 @@ class Example:
     """What is learnt."""
     text: str | None = None
     """Plain text, learnt whole."""
+    labelled: tuple[str, str] | None = None
+    """A text and its label, where the record has both."""
 
 
 def detect(fields: dict[str, Any]) -> Format:
@@ -157,10 +159,16 @@ def _alpaca(fields: dict[str, Any], data: Data) -> Example:
 
 
 def _label(fields: dict[str, Any], data: Data) -> Example:
-    text, label = _text(fields, "text"), fields["label"]
+    text, label = _text(fields, "text"), label_of(fields)
+    return replace(_turn(text, label, system="", plain=f"{text}\n"), labelled=(text, label))
+
+
+def label_of(fields: dict[str, Any]) -> str:
+    """The label of a record that has one. Raises ``DataError``."""
+    label = fields.get("label")
     if not isinstance(label, str | int) or label == "":
         raise DataError(f"label: must be text or a whole number, is {_kind(label) if label != '' else 'empty'}")
-    return _turn(text, str(label), system="", plain=f"{text}\n")
+    return str(label)
 
 
 def _plain(fields: dict[str, Any], data: Data) -> Example:

@@ -9,9 +9,11 @@ Prompt and completion are tokenized apart, as at inference, so that no token spa
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.config import Data, Source
+from orchestrator.config.data import Format
 from orchestrator.data.batch import Sample
 from orchestrator.data.records import Example, parse
 from orchestrator.data.spans import ChatTemplate
@@ -37,11 +39,14 @@ def render(record: Example | Mapping[str, Any], tokenizer: Any, data: Data) -> S
 
 def truncate(sample: Sample, length: int) -> Sample:
     """The first ``length`` tokens."""
-    return Sample(sample.tokens[:length], sample.trained[:length], sample.key)
+    return replace(sample, tokens=sample.tokens[:length], trained=sample.trained[:length])
 
 
 class Renderer:
     """``render`` for many records of one tokenizer."""
+
+    layout: Format | None = None
+    """The layout that all records must have; None for any."""
 
     def __init__(self, tokenizer: Any, data: Data) -> None:
         self.tokenizer, self.data = tokenizer, data
@@ -55,6 +60,20 @@ class Renderer:
         # SentencePiece-like tokenizers put a blank before whatever they are given, so pieces need their context.
         bare = tokenizer.convert_ids_to_tokens(tokenizer("x", add_special_tokens=False)["input_ids"])
         self._whole = bool(bare) and bare[0].startswith("\u2581")
+
+    @property
+    def length(self) -> int:
+        """Most tokens of a sample."""
+        return self.data.length
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What samples depend on beside records, tokenizer and ``data`` (JSON)."""
+        return {}
+
+    def cut(self, sample: Sample) -> Sample:
+        """The sample, no longer than ``length``."""
+        return truncate(sample, self.length)
 
     def __call__(self, record: Example | Mapping[str, Any]) -> Sample:
         """See ``render``."""

@@ -11,26 +11,28 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from orchestrator.config import Data, Source
+from orchestrator.config import Source
 from orchestrator.config.data import Format
 from orchestrator.data.batch import Sample
 from orchestrator.data.counts import SHOWN, Report
 from orchestrator.data.read import Reader
 from orchestrator.data.records import parse, resolve_format
-from orchestrator.data.render import RULES, Renderer, truncate
+from orchestrator.data.render import RULES, Renderer
 from orchestrator.errors import DataError
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the files of a store."""
 KEPT, TRUNCATED, DROPPED, SKIPPED = range(4)
 """What became of a record."""
+_NO_LABEL = -1
+_ARRAYS = ("tokens.i32", "trained.u8", "labels.i32")
 
 
 def sample_or_reason(
@@ -43,8 +45,8 @@ def sample_or_reason(
         whole = renderer(parse(fields, source, renderer.data, layout))
     except DataError as error:
         return SKIPPED, None, str(error)
-    length = renderer.data.length
-    sample = truncate(whole, length)
+    length = renderer.length
+    sample = renderer.cut(whole)
     if not sample.targets:
         cut = f"none of its {whole.targets} target tokens is within the first {length} of {len(whole.tokens)} tokens"
         return DROPPED, None, cut if whole.targets else "it has no target token"
@@ -65,7 +67,9 @@ class Store:
         self._offsets = np.load(path / "offsets.npy", mmap_mode="r")
         self._tokens = np.memmap(path / "tokens.i32", dtype=np.int32, mode="r")
         self._trained = np.memmap(path / "trained.u8", dtype=np.uint8, mode="r")
-        if not len(self._tokens) == len(self._trained) == self._offsets[-1]:
+        self._labels = np.memmap(path / "labels.i32", dtype=np.int32, mode="r")
+        whole = len(self._tokens) == len(self._trained) == self._offsets[-1]
+        if not whole or len(self._labels) != len(self):
             raise DataError(f"{path} is damaged; remove it, and the next run makes it again")
 
     def __len__(self) -> int:
@@ -74,12 +78,15 @@ class Store:
     def sample(self, index: int, key: int) -> Sample:
         """One sample, under the given key."""
         at = slice(int(self._offsets[index]), int(self._offsets[index + 1]))
-        return Sample(self._tokens[at].tolist(), self._trained[at].astype(bool).tolist(), key)
+        label = int(self._labels[index])
+        trained = self._trained[at].astype(bool).tolist()
+        return Sample(self._tokens[at].tolist(), trained, key, None if label == _NO_LABEL else label)
 
     def counts(self, indices: "np.ndarray[Any, np.dtype[np.int64]]") -> tuple[int, int]:
-        """Tokens and trained tokens of some samples."""
+        """Tokens and targets of some samples."""
         spans = [slice(int(self._offsets[i]), int(self._offsets[i + 1])) for i in indices]
-        return sum(s.stop - s.start for s in spans), sum(int(self._trained[s][1:].sum()) for s in spans)
+        targets = sum(int(self._trained[s][1:].sum()) for s in spans) + int((self._labels[indices] != _NO_LABEL).sum())
+        return sum(s.stop - s.start for s in spans), targets
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -94,14 +101,16 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def store_key(source: Source, data: Data, *, records: str, tokenizer: str) -> str:
+def store_key(source: Source, renderer: Renderer, *, records: str, tokenizer: str) -> str:
     """sha256 of all that the samples of a source depend on, given the digests of its records and of the tokenizer."""
+    data = renderer.data
     parts = {
         "rules": [RULES, LAYOUT, version("transformers"), version("tokenizers")],
         "records": records,
         "tokenizer": tokenizer,
         "source": source.model_dump(include={"format", "columns"}),
         "data": data.model_dump(include={"length", "loss_on", "chat", "tools_key", "on_bad_record"}),
+        **renderer.key,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -119,7 +128,7 @@ def open_store(
         tokenizer: Digest of the tokenizer.
         cache: Directory of the stores.
     """
-    path = cache / store_key(source, renderer.data, records=records, tokenizer=tokenizer)
+    path = cache / store_key(source, renderer, records=records, tokenizer=tokenizer)
     if path.is_dir():
         return Store(path, reader.names), True
     try:
@@ -152,7 +161,7 @@ def _build(part: Path, source: Source, reader: Reader, renderer: Renderer) -> No
     from datasets import Dataset, Features, List, Value  # seconds to import; a cached set needs none of it
 
     data = renderer.data
-    layout = resolve_format(source, reader, data)
+    layout = renderer.layout or resolve_format(source, reader, data)
     raw = part / "records.arrow"
     _write_records(raw, reader)
     features = Features(
@@ -161,6 +170,7 @@ def _build(part: Path, source: Source, reader: Reader, renderer: Renderer) -> No
             "line": Value("int64"),
             "tokens": List(Value("int32")),
             "trained": List(Value("uint8")),
+            "label": Value("int32"),
             "outcome": Value("int8"),
             "why": Value("string"),
         }
@@ -190,7 +200,7 @@ class _Tokenize:
         self.renderer, self.source, self.layout, self.names = renderer, source, layout, names
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        out: dict[str, list[Any]] = {"tokens": [], "trained": [], "outcome": [], "why": []}
+        out: dict[str, list[Any]] = {"tokens": [], "trained": [], "label": [], "outcome": [], "why": []}
         for file, line, text, problem in zip(*(batch[k] for k in ("file", "line", "json", "problem")), strict=True):
             fields = None if text is None else json.loads(text)
             outcome, sample, why = sample_or_reason(fields, problem, self.layout, self.source, self.renderer)
@@ -198,6 +208,7 @@ class _Tokenize:
                 raise DataError(f"{self.names[file]}:{line}: {why}")
             out["tokens"].append(sample.tokens if sample else [])
             out["trained"].append(sample.trained if sample else [])
+            out["label"].append(_NO_LABEL if sample is None or sample.label is None else sample.label)
             out["outcome"].append(outcome)
             out["why"].append(why)
         return out
@@ -224,7 +235,8 @@ def _write_arrays(part: Path, done: Any, names: list[str]) -> None:
     sha, lengths = hashlib.sha256(), [np.zeros(1, np.int64)]
     reasons: list[list[Any]] = []
     counts = dict.fromkeys(("records", "samples", "skipped", "dropped", "truncated", "tokens", "trained_tokens"), 0)
-    with (part / "tokens.i32").open("wb") as tokens, (part / "trained.u8").open("wb") as trained:
+    with ExitStack() as stack:
+        tokens, trained, labels = (stack.enter_context((part / name).open("wb")) for name in _ARRAYS)
         for table in done.with_format("arrow").iter(1000):
             outcome = table["outcome"].to_numpy()
             ids = table["tokens"].combine_chunks()
@@ -232,16 +244,18 @@ def _write_arrays(part: Path, done: Any, names: list[str]) -> None:
             mask = table["trained"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.uint8)
             size = np.diff(ids.offsets.to_numpy()).astype(np.int64)
             size = size[outcome < DROPPED]
+            label = table["label"].to_numpy()[outcome < DROPPED]
             flat.tofile(tokens)
             mask.tofile(trained)
-            for array in (size, flat, mask):
+            label.tofile(labels)
+            for array in (size, flat, mask, label):
                 sha.update(array.tobytes())
             lengths.append(size)
             first = np.cumsum(size) - size
             counts["records"] += len(outcome)
             counts["samples"] += len(size)
             counts["tokens"] += len(flat)
-            counts["trained_tokens"] += int(mask.sum()) - int(mask[first].sum())
+            counts["trained_tokens"] += int(mask.sum()) - int(mask[first].sum()) + int((label != _NO_LABEL).sum())
             for name, code in (("truncated", TRUNCATED), ("dropped", DROPPED), ("skipped", SKIPPED)):
                 counts[name] += int((outcome == code).sum())
             if len(reasons) < SHOWN:
@@ -252,7 +266,7 @@ def _write_arrays(part: Path, done: Any, names: list[str]) -> None:
         said = "; ".join(f"{names[f]}:{line}: {why}" for f, line, why in reasons[:3])
         raise DataError(f"none of the {counts['records']} records makes a sample: {said or 'there are none'}")
     meta = {"digest": sha.hexdigest(), "counts": counts, "reasons": reasons}
-    for name in ("tokens.i32", "trained.u8", "offsets.npy"):
+    for name in (*_ARRAYS, "offsets.npy"):
         with (part / name).open("rb") as file:
             os.fsync(file.fileno())
     (part / "meta.json").write_text(json.dumps(meta))

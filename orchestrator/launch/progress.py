@@ -85,6 +85,11 @@ def _loaded(v: dict[str, Any]) -> str:
     )
 
 
+def _eval(v: dict[str, Any]) -> str:
+    rest = "".join(f"  {name} {v[name]:.4f}" for name in ("accuracy", "f1", "mcc") if name in v)
+    return f"step {v['step']}  eval loss {v['eval_loss']:.4f}{rest}  (best at step {v['best_step']})"
+
+
 def _warning(v: dict[str, Any]) -> str:
     return f"[yellow]warning: {v['text']}[/yellow]"
 
@@ -94,6 +99,6 @@ _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
     "plan": _plan,
     "loaded": _loaded,
     "warning": _warning,
-    "eval": lambda v: f"step {v['step']}  eval loss {v['eval_loss']:.4f}  (best at step {v['best_step']})",
+    "eval": _eval,
     "done": lambda v: f"training {v['why']} at step {v['step']}",
 }

@@ -34,7 +34,10 @@ Listener = Callable[[str, dict[str, Any]], None]
 """Hears every event of the workers."""
 _PATIENCE_S = 4 * 3600
 """A worker waits this long for the first one, which may be tokenizing a large set for all."""
-_METRICS = {"step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"), "eval": ("eval_loss",)}
+_METRICS = {
+    "step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"),
+    "eval": ("eval_loss", "accuracy", "f1", "mcc"),
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,8 @@ def train(
     require(run, gpu=gpu)
     entry = entry or _new_entry(run, parent)
     settings = run.model_dump(mode="json", exclude={"tracking"})
+    if settings["task"].get("labels", ()) is None:
+        del settings["task"]["labels"]  # the workers read them off the records
     tracked = registry.start_run(run.name, settings, _tags(run, entry), run_id=entry.mlflow_run)
     entry = replace(entry, mlflow_run=tracked.id)
     try:
@@ -260,6 +265,8 @@ def _drained(mailbox: Any, tracked: TrackedRun, listen: Listener, last: dict[str
             for kind, values in ray.get(mailbox.drain.remote()):
                 if kind == "done":
                     last.update(values)
+                if kind == "data" and "labels" in values["task"]:
+                    tracked.settle({"task": {"labels": values["task"]["labels"]}})
                 if keys := _METRICS.get(kind):
                     tracked.log({k: values[k] for k in keys if k in values}, step=values["step"])
                 try:

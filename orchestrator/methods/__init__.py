@@ -1,10 +1,10 @@
 """The bank, and one small file per method."""
 
 from orchestrator.methods.bank import Bank
-from orchestrator.methods.exchange import from_files, to_files
+from orchestrator.methods.exchange import from_files, task_from_peft, to_files
 from orchestrator.methods.method import Method
 from orchestrator.methods.scope import Scope
-from orchestrator.methods.table import METHODS, knobs_from_peft, method_of, trained_parameters
+from orchestrator.methods.table import METHODS, head_parameters, knobs_from_peft, method_of, trained_parameters
 
 __all__ = [
     "METHODS",
@@ -12,8 +12,10 @@ __all__ = [
     "Method",
     "Scope",
     "from_files",
+    "head_parameters",
     "knobs_from_peft",
     "method_of",
+    "task_from_peft",
     "to_files",
     "trained_parameters",
 ]

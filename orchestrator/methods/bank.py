@@ -200,6 +200,10 @@ class Bank:
         part = self._slots[slot].parts[0]
         return part.method.virtual_tokens(part.knobs), part.method.prefix_length(part.knobs)
 
+    def alone(self, slot: int) -> bool:
+        """Whether a pass with tokens of this slot is to hold no other slot's."""
+        return any(site in self.scope.shared_inputs for part in self._slots[slot].parts for site in part.sites)
+
     def changes_head(self, slot: int) -> bool:
         """Whether a slot adds to the logits of the base's own head."""
         return self.scope.head in self.sites(slot)
@@ -286,10 +290,16 @@ class Bank:
         finally:
             self._wiring.route = None
 
-    def classify(self, h_PH: Tensor, slot_P: Tensor) -> Tensor:
-        """Logits [P, C] of each slot's own head for what it pooled of P texts; -inf beyond a slot's own labels."""
-        wiring, logits_PC = self._wiring, None
+    def classify(self, h_PH: Tensor, slot_P: Tensor, sample_P: Tensor | None = None) -> Tensor:
+        """Logits [P, C] of each slot's own head for what it pooled of P texts; -inf beyond a slot's own labels.
+
+        Dropout is on where it is in the pass around it (``routed``); it needs the sample numbers.
+        """
+        wiring, logits_PC, around = self._wiring, None, self._wiring.route
         route = Route(slot_P.view(1, -1), device=self.device)
+        if around is not None and sample_P is not None:
+            route.position_BT, route.sample_BT = torch.zeros_like(slot_P.view(1, -1)), sample_P.view(1, -1)
+            route.steps, route.training = around.steps, around.training
         for here in (site for kinds in wiring.sites.values() for site in kinds.values() if site.hook == "head"):
             group = route.group(list(here.knobs))
             if group is None:

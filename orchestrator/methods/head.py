@@ -44,9 +44,14 @@ class Head(Method):
         """How many labels there are."""
         return {"labels": float(len(knobs.labels or ()))}
 
+    def dropout(self, knobs: Classification) -> float:
+        """On what the head sees."""
+        return knobs.dropout
+
     def head(self, h_GMI: Tensor, p: Params) -> Tensor:
         """Logits in fp32."""
-        logits_GMC = torch.bmm(h_GMI.float(), p.tensors["weight"].mT)
+        h_GMI = h_GMI.float()
+        logits_GMC = torch.bmm(p.drop(h_GMI) if p.drop else h_GMI, p.tensors["weight"].mT)
         if "bias" in p.tensors:
             logits_GMC = logits_GMC + p.tensors["bias"].unsqueeze(1)
         label_C = torch.arange(logits_GMC.shape[-1], device=logits_GMC.device)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from orchestrator.errors import MethodError
+
 
 @dataclass(frozen=True)
 class Group:
@@ -60,6 +62,7 @@ class Route:
     """Where the activations are."""
     _groups: dict[tuple[int, ...], Group | None] = field(default_factory=dict)
     _tokens: dict[int, Tensor] = field(default_factory=dict)
+    _shared: "Route | None" = None
 
     def __post_init__(self) -> None:
         slots_N = self.slot_BT.reshape(-1).cpu()
@@ -72,6 +75,26 @@ class Route:
         if key not in self._groups:
             self._groups[key] = self._make(key)
         return self._groups[key]
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether ``x`` [..., F] are the features of this pass's tokens."""
+        return x.shape[:-1] in (self.slot_BT.shape, (self._count,))
+
+    def for_shared(self, shape: Sequence[int]) -> "Route":
+        """For an input that all rows share, such as embeddings of relative positions: it is their one slot's.
+
+        Raises:
+            MethodError: the rows are of several slots.
+        """
+        if len(self._tokens) > 1:
+            raise MethodError(
+                "this base projects relative positions that all rows share: a pass with deltas on these layers is of "
+                f"one slot, not of {', '.join(map(str, sorted(self._tokens)))}"
+            )
+        if self._shared is None or self._shared.slot_BT.shape != tuple(shape):
+            slot = next(iter(self._tokens), -1)
+            self._shared = Route(torch.full(tuple(shape), slot), device=self.device)
+        return self._shared
 
     def _make(self, slots: tuple[int, ...]) -> Group | None:
         active = tuple(s for s in slots if s in self._tokens)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from orchestrator.base.encoder import positional_linears
 from orchestrator.base.linear import dense_parameters, is_transposed, linear_shape, linear_sites
 from orchestrator.base.model import decoder_layers, text_config
 from orchestrator.errors import MethodError
@@ -71,6 +72,8 @@ class Scope:
     """Names of all modules."""
     others: tuple[str, ...] = ()
     """Parameters inside the layers that belong to no linear and no normalization layer, such as fused experts."""
+    shared_inputs: frozenset[str] = frozenset()
+    """Linears that see more than tokens: relative positions, which all rows of a pass share (DeBERTa)."""
     base_id: str = ""
     """Name of the base, for the delta's own config."""
     prefix: str = ""
@@ -121,6 +124,7 @@ class Scope:
                 for n, _ in layers.named_parameters()
                 if f"{name}.{n}".rpartition(".")[0] not in {**linears, **norms}
             ),
+            shared_inputs=frozenset(n for n in linears if n.rsplit(".", 1)[-1] in positional_linears(model)),
             base_id=base_id,
             prefix="" if out is not None else f"{named.base_model_prefix}.",
             weights=lambda site: dense_parameters(model.get_submodule(site)),

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.config import Knobs
+from orchestrator.config import Classification, Knobs
 from orchestrator.methods.full import Full
 from orchestrator.methods.head import Head
 from orchestrator.methods.last_layers import LastLayers
@@ -19,6 +19,8 @@ METHODS: dict[str, Method] = {
     "lora": LoRA(),
     "peft": Passthrough(),
 }
+HEAD_MODULES = ("score", "classifier")
+"""What transformers' sequence classifiers call their heads, which peft saves whole beside the method."""
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""
 
@@ -41,6 +43,12 @@ def trained_parameters(knobs: Any, sites: Iterable[str], scope: Scope) -> int:
     return sum(math.prod(part) for part in parts if part is not None)
 
 
+def head_parameters(task: Classification, scope: Scope) -> int:
+    """How many numbers a classification head has."""
+    shapes = (shape for site in HEAD.sites(task, scope) for shape in HEAD.shapes(task, site, scope).values())
+    return sum(math.prod(shape) for shape in shapes)
+
+
 def knobs_from_peft(config: Mapping[str, Any]) -> Any:
     """Knobs read off an ``adapter_config.json``; of a type without a counterpart here, those that hand it through.
 
@@ -49,4 +57,6 @@ def knobs_from_peft(config: Mapping[str, Any]) -> Any:
     """
     kind = config.get("peft_type")
     found = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), METHODS["peft"])
+    if config.get("task_type") == "SEQ_CLS" and set(config.get("modules_to_save") or ()) <= set(HEAD_MODULES):
+        config = {**config, "modules_to_save": None}  # the head is the task's
     return found.from_peft(config)

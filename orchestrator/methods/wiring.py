@@ -88,14 +88,21 @@ class Wiring:
         """The frozen module at a site; a head of a slot's own stands on none."""
         return self.model.get_submodule(site) if site in self.scope.modules else self.model
 
-    def active(self, site: str, hook: Hook) -> Iterator[tuple[Site, Group, Params]]:
-        """The methods at a site that have tokens in this pass, with those tokens and their tensors."""
-        if self.route is None:
+    def active(self, site: str, hook: Hook, x: Tensor | None = None) -> Iterator[tuple[Site, Group, Params]]:
+        """The methods at a site that have tokens in this pass, with those tokens and their tensors.
+
+        Raises:
+            MethodError: ``x`` is not the pass's tokens but what all rows share, and these are of several slots.
+        """
+        route = self.route
+        if route is None:
             return
+        if x is not None and site in self.scope.shared_inputs and not route.holds(x):
+            route = route.for_shared(x.shape[:-1])
         for here in self.sites[site].values():
-            group = self.route.group(list(here.knobs)) if here.hook == hook else None
+            group = route.group(list(here.knobs)) if here.hook == hook else None
             if group is not None:
-                yield here, group, self.params(here, group, self.route)
+                yield here, group, self.params(here, group, route)
 
     # -- hooks --------------------------------------------------------------------------------------------------------
 
@@ -118,26 +125,30 @@ class Wiring:
 
     def _before(self, site: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        for here, group, p in self.active(site, "input"):
+        for here, group, p in self.active(site, "input", x):
             x = x + group.put(here.method.input(group.pick(args[0]), p), x)
         return (x, *args[1:])
 
     def _keep(self, site: str, args: tuple[Any, ...]) -> None:
-        if self.route is not None:
+        if self.route is None:
+            return
+        if self.scope.sublayers[site].first in self.scope.shared_inputs:
+            self._block_input.setdefault(site, args[0])  # the tokens come before the positions
+        else:
             self._block_input[site] = args[0]
 
     def _after(self, site: str, hook: Hook, args: tuple[Any, ...], out: Any) -> Any:
         base_y = out[0] if isinstance(out, tuple) else out
         y = base_y
         block_input = self._block_input.pop(site, base_y)
-        for here, group, p in self.active(site, hook):
+        for here, group, p in self.active(site, hook, args[0]):
             if hook == "output":
                 seen = group.pick(base_y) if here.method.uses_base_output else None
                 added = here.method.output(group.pick(args[0]), seen, p)
             elif hook == "sublayer":
                 added = here.method.sublayer(group.pick(block_input), group.pick(base_y), p)
             else:
-                added = here.method.embed(group.pick(base_y), self._positions(group), p)
+                added = here.method.embed(group.pick(base_y), self._positions(group, self.route), p)
             y = y + group.put(added, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
@@ -158,10 +169,10 @@ class Wiring:
         index = torch.tensor([place.get(s, 0) for s in of_row], device=self.device)
         return index, torch.tensor([s in place for s in of_row], device=self.device)
 
-    def _positions(self, group: Group) -> Tensor:
-        assert self.route is not None
-        assert self.route.position_BT is not None, "virtual tokens and dropout need positions"
-        return group.pick(self.route.position_BT.to(self.device)).squeeze(-1)
+    def _positions(self, group: Group, route: Route | None) -> Tensor:
+        assert route is not None
+        assert route.position_BT is not None, "virtual tokens and dropout need positions"
+        return group.pick(route.position_BT.to(self.device)).squeeze(-1)
 
     # -- numbers and dropout ------------------------------------------------------------------------------------------
 
@@ -189,9 +200,8 @@ class Wiring:
         assert route.sample_BT is not None
         seeds = [hash_ints(here.seeds[s], route.steps.get(s, 0), here.key) for s in group.slots]
         sample_GM = group.pick(route.sample_BT.to(self.device)).squeeze(-1)
-        key_GM = mix(
-            (sample_GM * (1 << 20) + self._positions(group)) ^ torch.tensor(seeds, device=self.device).unsqueeze(1)
-        )
+        seed_G1 = torch.tensor(seeds, device=self.device).unsqueeze(1)
+        key_GM = mix((sample_GM * (1 << 20) + self._positions(group, route)) ^ seed_G1)
         return Drop(torch.tensor(rates, device=self.device), key_GM)
 
 

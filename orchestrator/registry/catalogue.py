@@ -12,7 +12,7 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from orchestrator.config import Identity, Manifest, Tracking
+from orchestrator.config import Identity, Manifest, Task, Tracking
 from orchestrator.delta import CARD, CONFIG, FILES, Delta, load_delta, login, new_manifest, read_file, save_delta
 from orchestrator.errors import RegistryError
 from orchestrator.registry.door import Door
@@ -270,7 +270,14 @@ class Registry:
         manifest: Manifest | None = None
         if identity is not None:
             knobs = _knobs(delta.peft_config)
-            manifest = new_manifest(name=name, base=identity, method=knobs, owner=owner, tags=dict(tags or {}))
+            lineage = {
+                "base": identity,
+                "method": knobs,
+                "task": _task(delta),
+                "owner": owner,
+                "tags": dict(tags or {}),
+            }
+            manifest = new_manifest(name=name, **lineage)
         marks = {**(tags or {}), "imported_from": Path(directory).name}
         with tempfile.TemporaryDirectory() as scratch:
             copy = save_delta(Path(scratch) / name, delta.tensors, manifest, delta.peft_config)
@@ -281,6 +288,12 @@ def _knobs(config: Mapping[str, Any]) -> Any:
     from orchestrator.methods.table import knobs_from_peft  # here, so that listing deltas does not load torch
 
     return knobs_from_peft(dict(config))
+
+
+def _task(delta: Delta) -> Task:
+    from orchestrator.methods.exchange import task_from_peft
+
+    return task_from_peft(delta.peft_config, delta.tensors)
 
 
 def _lineage(delta: Delta, owner: str, metrics: Mapping[str, float], tags: Mapping[str, Any]) -> dict[str, str]:
@@ -300,6 +313,7 @@ def _lineage(delta: Delta, owner: str, metrics: Mapping[str, float], tags: Mappi
             "manta.base.recipe": made.base.recipe,
             "manta.base.licence": made.base.licence,
             "manta.method": made.method.type,
+            "manta.task": made.task.type,
             "manta.knobs": made.method.model_dump(mode="json"),
             "manta.parent": made.parent,
             "manta.data_digest": made.data_digest,

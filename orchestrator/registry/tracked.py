@@ -7,12 +7,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
-from mlflow.entities import Metric
+from mlflow.entities import Metric, Param
 
 from orchestrator.errors import RegistryError
 from orchestrator.registry.door import Door, Refused
-from orchestrator.registry.limits import METRICS_PER_CALL, clean_key
+from orchestrator.registry.limits import METRICS_PER_CALL, clean_key, flat_params
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +59,15 @@ class TrackedRun:
                     self._lost += 1
                     self._reason = f"{key} = {value!r} is not a number"
             self._trim()
+
+    def settle(self, params: Mapping[str, Any]) -> None:
+        """Write parameters that were not known at the start. Never raises: they are not worth a run."""
+        items = [Param(key, value) for key, value in flat_params(params).items()]
+        try:
+            with self._door.reach(f"write parameters of run {self.id}", retries=1, timeout_s=5):
+                self._door.client.log_batch(self.id, params=items, synchronous=True)
+        except RegistryError as error:
+            _log.warning("%s", error)
 
     def _trim(self) -> None:
         over = len(self._buffer) - _MOST_BUFFERED

@@ -23,8 +23,8 @@ STATE = "state.json"
 class Best:
     """The best delta so far."""
 
-    value: float = float("inf")
-    """Its metric; lower is better."""
+    value: float | None = None
+    """Its metric; None before the first evaluation."""
     step: int = 0
     """When it was seen."""
     since: int = 0

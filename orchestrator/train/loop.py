@@ -1,5 +1,6 @@
 """The training loop of one trial."""
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ import psutil
 import torch
 
 from orchestrator.config import Train
+from orchestrator.config.train import HIGHER_IS_BETTER
 from orchestrator.data import Sample, SampleSource
 from orchestrator.train.checkpoint import Best, Restored, write_optimizer, write_state
 from orchestrator.train.engine import Engine
 from orchestrator.train.reporter import Reporter
-from orchestrator.train.step import Stepper
+from orchestrator.train.step import Evaluate, Stepper
 from orchestrator.train.trial import Trial
 from orchestrator.train.writer import DeltaWriter
 
@@ -46,6 +48,7 @@ class Loop:
     trial: Trial
     source: SampleSource
     held_out: Sequence[Sample] | None
+    evaluate: Evaluate
     engine: Engine
     reporter: Reporter
     writer: DeltaWriter
@@ -124,16 +127,17 @@ class Loop:
 
     def _evaluate(self, held_out: Sequence[Sample]) -> None:
         slot = self.trial.slot
-        value = self.stepper.evaluate({slot: held_out})[slot]
-        self.metrics["eval_loss"] = value
+        found = self.evaluate({slot: held_out})[slot]
+        self.metrics.update(found)
         watched = self.metrics[self.train.metric]
-        if watched < self.best.value:
+        if _improves(self.train.metric, watched, self.best.value):
             tensors = self.stepper.bank.tensors(slot)
             self.best = Best(watched, self.trial.step, 0, dict(self.metrics), tensors)
         else:
             self.best.since += 1
-        self.metrics[f"best_{self.train.metric}"] = self.best.value
-        self.reporter.event("eval", {"step": self.trial.step, "eval_loss": value, "best_step": self.best.step})
+        if self.best.value is not None:
+            self.metrics[f"best_{self.train.metric}"] = self.best.value
+        self.reporter.event("eval", {"step": self.trial.step, **found, "best_step": self.best.step})
 
     def _save(self) -> None:
         values, optimizer = self.trial.state()  # every rank: shared-out optimizers are collected
@@ -153,6 +157,13 @@ class Loop:
     def _values(self, trial: dict[str, Any]) -> dict[str, Any]:
         best = {key: value for key, value in vars(self.best).items() if key != "tensors"}
         return {"trial": trial, "cursor": self.source.state(), "best": best, "metrics": self.metrics}
+
+
+def _improves(metric: str, new: float, best: float | None) -> bool:
+    """A value that is no number never does."""
+    if math.isnan(new) or best is None:
+        return not math.isnan(new)
+    return new > best if metric in HIGHER_IS_BETTER else new < best
 
 
 def _memory(device: torch.device) -> int:

@@ -5,11 +5,14 @@ from typing import Any
 
 import torch
 
+from orchestrator.base.encoder import Reader, takes_blocks
 from orchestrator.base.monitor import GatherWatch
 from orchestrator.data import Batch, Row, Sample, collate
 from orchestrator.errors import TrainError
 from orchestrator.methods import Bank
+from orchestrator.train.classify import Classifier
 from orchestrator.train.loss import causal_lm_loss, plain_loss
+from orchestrator.train.step import Loss
 
 _LENGTH = 8
 
@@ -36,7 +39,7 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
     one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
     alone = _batch(slot, [two], device)
     packed = _batch(slot, [one, two], device)
-    alive = _gathered_alive(model, bank, alone, quantized)
+    alive = _gathered_alive(model, bank, alone, quantized, plain_loss)
     with torch.no_grad():
         want = _losses(model, bank, alone, plain_loss)
         in_head = _close(_losses(model, bank, alone, causal_lm_loss), want)
@@ -44,8 +47,38 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
     return Probe(alive, packs, in_head)
 
 
-def _batch(slot: int, rows: list[list[int]], device: torch.device) -> Batch:
-    samples = [Sample(tokens, [True] * len(tokens), key) for key, tokens in enumerate(rows)]
+def probe_classifier(
+    model: Any, bank: Bank, slot: int, device: torch.device, *, encoder: bool, quantized: bool, vocabulary: int
+) -> Probe:
+    """The same for a bare transformer and the slot's own head.
+
+    Raises:
+        TrainError: see ``probe``; or the model counts positions in a way of its own.
+    """
+    packs = not encoder or takes_blocks(model)
+    loss = Classifier(bank, encoder=encoder, packed=packs)
+    one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
+    alone, packed = (_batch(slot, rows, device, label=0) for rows in ([two], [one, two]))
+    alive = _gathered_alive(model, bank, alone, quantized, loss)
+    with torch.no_grad():
+        plain = model(input_ids=alone.tokens_BT).last_hidden_state
+        reader = Reader(model, encoder=encoder, packed=packs)
+        ours, _ = reader(alone.tokens_BT, alone.position_BT, alone.segment_BT, alone.sample_BT < 0, None)
+        if not _close(ours, plain):
+            raise TrainError(
+                f"{type(model).__name__} does not count positions as this project does; it cannot train it"
+            )
+        packs = packs and _close(_pooled(model, bank, packed, loss)[1:], _pooled(model, bank, alone, loss))
+    return Probe(alive, packs, in_head=False)
+
+
+def _pooled(model: Any, bank: Bank, batch: Batch, loss: Classifier) -> torch.Tensor:
+    with bank.routed(batch.slot_BT, position_BT=batch.position_BT):
+        return loss.pool(model, batch)
+
+
+def _batch(slot: int, rows: list[list[int]], device: torch.device, label: int | None = None) -> Batch:
+    samples = [Sample(tokens, [True] * len(tokens), key, label) for key, tokens in enumerate(rows)]
     made = collate([Row(slot, samples)], pad_id=0)
     return replace(made.to(device), slot_BT=made.slot_BT)
 
@@ -56,9 +89,9 @@ def _losses(model: Any, bank: Bank, batch: Batch, loss: Any) -> torch.Tensor:
         return losses_N
 
 
-def _gathered_alive(model: Any, bank: Bank, batch: Batch, quantized: bool) -> int:
+def _gathered_alive(model: Any, bank: Bank, batch: Batch, quantized: bool, loss: Loss) -> int:
     with GatherWatch(model) as watch, bank.routed(batch.slot_BT, position_BT=batch.position_BT):
-        losses_N, _ = plain_loss(model, batch)
+        losses_N, _ = loss(model, batch)
         alive = watch.alive_bytes()
         if quantized and alive > watch.gathered_bytes / 2:
             raise TrainError(

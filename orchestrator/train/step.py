@@ -16,8 +16,10 @@ from orchestrator.data.batch import Batch
 from orchestrator.methods.bank import Bank
 from orchestrator.train.engine import Engine
 
+Evaluate = Callable[[Mapping[int, Sequence[Sample]]], dict[int, dict[str, float]]]
+"""Each slot's held-out samples to its metrics. Every rank must call it."""
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor]]
-"""Model and micro-batch to losses [N] of its target tokens and the slot [N] of each."""
+"""Model and micro-batch to losses [N] of its targets (tokens, or texts to classify) and the slot [N] of each."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class Stepper:
         self.bank.hand_out_gradients()
         return losses
 
-    def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, float]:
-        """Each slot's mean loss over its samples' target tokens, without dropout or gradients."""
+    def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, dict[str, float]]:
+        """Each slot's ``eval_loss``, a mean over its samples' targets, without dropout or gradients."""
         with torch.no_grad():
-            return self._run(samples, None)
+            return {slot: {"eval_loss": loss} for slot, loss in self._run(samples, None).items()}
 
     def _run(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int] | None) -> dict[int, float]:
         slots = list(samples)
@@ -71,7 +73,7 @@ class Stepper:
         place = place.to(device)
         sum_S = torch.zeros(len(slots), dtype=torch.float64, device=device)
         deep = steps is not None and len(slots) > 1
-        for batch in self._deal(samples):
+        for batch in self.deal(samples):
             # Recomputed activations pass the hooks again, so the backward pass stays inside.
             with (
                 self.engine.alike(self.model) if deep else nullcontext(),
@@ -85,13 +87,21 @@ class Stepper:
         self.engine.sum_(sum_S)
         return dict(zip(slots, (sum_S.cpu() / count_S).tolist(), strict=True))
 
-    def _deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
+    def deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
+        """This rank's micro-batches of everyone's samples; each rank has as many."""
         leads = {slot: self.bank.lead(slot) for slot in samples}
         rows = pack(samples, length=self.layout.length, packing=self.layout.packing, leads=leads)
-        return deal(
-            rows,
-            rank=self.engine.rank,
-            ranks=self.engine.ranks,
-            rows_per_pass=self.layout.rows_per_pass,
-            pad_id=self.layout.pad_id,
-        )
+        alone = [slot for slot in samples if self.bank.alone(slot)]
+        passes = [[row for row in rows if row.slot == slot] for slot in alone]
+        passes.append([row for row in rows if row.slot not in alone])
+        return [
+            batch
+            for part in passes
+            for batch in deal(
+                part,
+                rank=self.engine.rank,
+                ranks=self.engine.ranks,
+                rows_per_pass=self.layout.rows_per_pass,
+                pad_id=self.layout.pad_id,
+            )
+        ]

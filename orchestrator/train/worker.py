@@ -12,19 +12,21 @@ import torch
 from orchestrator.base import compute_dtype, load_base, load_tokenizer, source_identity
 from orchestrator.base.load import empty_model
 from orchestrator.base.memory import host_memory
-from orchestrator.base.model import count_weights, decoder_layers, text_config
-from orchestrator.config import Base, Lora, Method, Run
-from orchestrator.data import Prepared, prepare
-from orchestrator.delta import check_base, load_delta
+from orchestrator.base.model import bare, count_weights, decoder_layers, text_config
+from orchestrator.config import Classification, Lora, Method, Run, Task
+from orchestrator.data import Prepared
+from orchestrator.delta import Delta, check_base, load_delta
 from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
-from orchestrator.methods import Bank, Scope, from_files, knobs_from_peft, method_of
+from orchestrator.methods import Bank, Scope, from_files, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
+from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.engine import Engine, least
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
-from orchestrator.train.probe import probe
+from orchestrator.train.probe import probe, probe_classifier
 from orchestrator.train.reporter import Reporter
-from orchestrator.train.step import Layout, Stepper
+from orchestrator.train.step import Evaluate, Layout, Loss, Stepper
+from orchestrator.train.task import knobs_of, prepare_run, uses_encoder
 from orchestrator.train.trial import Trial
 from orchestrator.train.writer import DeltaWriter
 from orchestrator.train.zero import choose_stage, held_bytes
@@ -63,20 +65,28 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     method = method_of(run.method)  # knows what the config alone cannot
     tokenizer = load_tokenizer(run.base)
     engine = _engine(run, place, reporter)
-    data = first_rank_first(engine, lambda: prepare(run.data, tokenizer, seed=run.train.seed))
-    reporter.event("data", data.report.as_dict())
+    parent = load_delta(start) if start else None
+    data = first_rank_first(engine, lambda: prepare_run(run, tokenizer, parent))
+    reporter.event("data", {**data.report.as_dict(), "task": data.task.model_dump(mode="json")})
     dtype = compute_dtype(run.base, place.device)
-    unquantized = method.unquantized(run.method, layer_count(run.base))
+    unquantized = method.unquantized(run.method, layer_count(run))
     identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype, unquantized=unquantized))
     engine.same("base", identity.source_hash)
     engine.same("data", data.digest)
     with reporter.restored() as folder:
         restored = read_checkpoint(folder, run.name) if folder else None
-    parent = load_delta(start) if start else None
     for delta in (parent, restored.delta if restored else None):
         for warning in check_base(delta.manifest, identity) if delta else ():
             reporter.event("warning", {"text": warning})
-    base = load_base(run.base, device=place.device, sharder=engine.sharder, identity=identity, unquantized=unquantized)
+    encoder = uses_encoder(run)
+    base = load_base(
+        run.base,
+        device=place.device,
+        sharder=engine.sharder,
+        identity=identity,
+        encoder=encoder,
+        unquantized=unquantized,
+    )
     bank = Bank(
         base.model,
         device=place.device,
@@ -84,47 +94,46 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         source=base.source,
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
     )
-    knobs = fill_slot(bank, run, restored, parent)
+    knobs = fill_slot(bank, run, data.task, restored, parent)
     engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
-    model = engine.start(base.model)
+    classifies = isinstance(data.task, Classification)
+    model = engine.start(bare(base.model) if classifies else base.model)
     if run.train.recompute:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = probe(
-        model,
-        bank,
-        SLOT,
-        place.device,
-        quantized=run.base.quantize != "none",
-        vocabulary=text_config(model).vocab_size,
-    )
+    look = {"quantized": run.base.quantize != "none", "vocabulary": text_config(model).vocab_size}
+    if classifies:
+        found = probe_classifier(model, bank, SLOT, place.device, encoder=encoder, **look)
+    else:
+        found = probe(model, bank, SLOT, place.device, **look)
     loaded = {**base.report.as_dict(), "stage": engine.stage, "gathered_alive": found.gathered_alive}
     reporter.event("loaded", loaded)
     packing = run.data.packing and found.packs
     if run.data.packing and not packing:
         reporter.event("warning", {"text": "this model lets packed sequences see each other: one sample a row instead"})
     train = run.train.model_copy(update={"lr": run.lr})
+    loss: Loss = causal_lm_loss if found.in_head and not bank.changes_head(SLOT) else plain_loss
+    if classifies:
+        loss = classifier = Classifier(bank, encoder=encoder, packed=packing)
+    layout = Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id)
+    stepper = Stepper(model, bank, engine, loss, layout)
+    evaluate: Evaluate = evaluator(stepper, classifier) if classifies else stepper.evaluate
     loop = Loop(
         train=train,
-        stepper=Stepper(
-            model,
-            bank,
-            engine,
-            causal_lm_loss if found.in_head and not bank.changes_head(SLOT) else plain_loss,
-            Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id),
-        ),
+        stepper=stepper,
         trial=Trial(bank, engine, SLOT, train, total_steps(run, data)),
         source=data.train,
         held_out=data.eval,
+        evaluate=evaluate,
         engine=engine,
         reporter=reporter,
         writer=DeltaWriter(
-            run=run,
+            run=run.model_copy(update={"task": data.task}),
             identity=base.identity,
             scope=bank.scope,
             sites=bank.sites(SLOT),
             knobs=knobs,
-            task=run.task,
+            task=data.task,
             parameters=sum(p.numel() for p in bank.parameters(SLOT).values()),
             data_digest=data.digest,
             parent=parent.sha256 if parent else None,
@@ -143,7 +152,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         engine.close()
 
 
-def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Any:
+def fill_slot(bank: Bank, run: Run, task: Task, restored: Restored | None, parent: Delta | None) -> Any:
     """Start values, a checkpoint's, or another delta's; returns the knobs in force.
 
     Raises:
@@ -151,13 +160,13 @@ def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> A
     """
     delta = restored.delta if restored else parent
     if delta is None:
-        bank.add(SLOT, run.method, seed=run.train.seed)
+        bank.add(SLOT, run.method, seed=run.train.seed, task=task)
         return bank.knobs(SLOT)
-    knobs: Method = delta.manifest.method if delta.manifest else knobs_from_peft(delta.peft_config)
+    knobs = knobs_of(delta)
     if not restored:
         knobs = _same_size(run.method, knobs)
-    tensors = from_files(knobs, run.task, delta.tensors, bank.scope)
-    bank.add(SLOT, knobs, seed=run.train.seed, tensors=tensors)
+    tensors = from_files(knobs, task, delta.tensors, bank.scope)
+    bank.add(SLOT, knobs, seed=run.train.seed, tensors=tensors, task=task)
     return bank.knobs(SLOT)
 
 
@@ -218,7 +227,7 @@ def freeze_randomness(seed: int) -> None:
 
 def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     dtype = compute_dtype(run.base, place.device)
-    empty = empty_model(run.base, dtype)
+    empty = empty_model(run.base, dtype, encoder=uses_encoder(run))
     method_of(run.method).sites(run.method, Scope.of(empty, run.base.id))  # a wrong target, before all that is slow
     parameters, linears = count_weights(empty)
     held = held_bytes(run.base, parameters=parameters, linears=linears, itemsize=dtype.itemsize)
@@ -241,9 +250,9 @@ def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     return Engine(zero, stage=stage, device=place.device, dtype=dtype, rows_per_pass=run.train.rows_per_pass)
 
 
-def layer_count(base: Base) -> int:
-    """Transformer layers of a base."""
-    return len(decoder_layers(empty_model(base, torch.float32))[1])
+def layer_count(run: Run) -> int:
+    """Transformer layers of the run's base."""
+    return len(decoder_layers(empty_model(run.base, torch.float32, encoder=uses_encoder(run)))[1])
 
 
 def _memory(place: Place) -> tuple[int, int]:
