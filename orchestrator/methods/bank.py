@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from orchestrator.config import Classification, Task
 from orchestrator.config import Method as MethodKnobs
+from orchestrator.data.batch import NO_SLOT
 from orchestrator.errors import DeltaError, MethodError
 from orchestrator.methods.method import Hook, Method
 from orchestrator.methods.route import Route
@@ -182,9 +183,28 @@ class Bank:
         return list(self._slots[slot].parts[0].sites)
 
     def lead(self, slot: int) -> tuple[int, int]:
-        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin."""
+        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin.
+
+        None, and 0, for the bare base.
+        """
+        if slot == NO_SLOT:
+            return 0, 0
         part = self._slots[slot].parts[0]
         return part.method.virtual_tokens(part.knobs), part.method.prefix_length(part.knobs)
+
+    def prefix(self, slot: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values, [heads, P, D] each, that a slot puts before its sequences: of each layer that has any."""
+        route, made = Route(torch.tensor([[slot]]), device=self.device), {}
+        part = self._slots[slot].parts[0]
+        for site in (site for site, hook in part.sites.items() if hook == "key_value"):
+            here, layer = self._wiring.sites[site][part.method.name], self.scope.layer_of(site)
+            group = route.group(list(here.knobs))
+            assert group is not None
+            assert layer is not None
+            key_GHPD, value_GHPD, _ = part.method.key_value(self._wiring.params(here, group, route))
+            length = part.method.prefix_length(part.knobs)
+            made[layer] = key_GHPD[0, :, :length].detach(), value_GHPD[0, :, :length].detach()
+        return made
 
     def changes_head(self, slot: int) -> bool:
         """Whether a slot adds to the logits of the base's own head."""
@@ -244,6 +264,7 @@ class Bank:
         position_BT: Tensor | None = None,
         sample_BT: Tensor | None = None,
         steps: Mapping[int, int] | None = None,
+        prefixed: bool = True,
     ) -> Iterator[None]:
         """Inside, each token passes its slot's delta. Recomputed activations need the backward pass inside, too.
 
@@ -252,8 +273,10 @@ class Bank:
             position_BT: positions, for dropout and virtual tokens.
             sample_BT: sample numbers, for dropout.
             steps: each slot's step count; given, dropout is on.
+            prefixed: whether prefixes of keys and values are added; not where a cache holds what ``prefix`` returns.
         """
-        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, steps is not None, self.device)
+        training = steps is not None
+        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, training, prefixed, self.device)
         try:
             yield
         finally:

@@ -9,10 +9,14 @@ from orchestrator.errors import MethodError
 from orchestrator.methods.head import Head
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
+from orchestrator.methods.prefix import Prefix
+from orchestrator.methods.prompt import Prompt
 from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(),
+    "prefix": Prefix(),
+    "prompt": Prompt(),
 }
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""

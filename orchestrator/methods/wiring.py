@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.base.attention import Prefix, set_prefix
+from orchestrator.base.attention import Prefix, forget_prefix, set_prefix
 from orchestrator.config import Knobs
+from orchestrator.errors import MethodError
 from orchestrator.methods.drop import Drop, mix
 from orchestrator.methods.method import Hook, Method, Params
 from orchestrator.methods.route import Group, Route
@@ -108,7 +109,7 @@ class Wiring:
         if hook == "key_value":
             return [
                 module.register_forward_pre_hook(lambda attention, _: self._put_prefix(site, attention)),
-                module.register_forward_hook(lambda attention, *_: set_prefix(attention, None), always_call=True),
+                module.register_forward_hook(lambda attention, *_: self._see_prefix_used(site, attention)),
             ]
         handles = [module.register_forward_hook(lambda _, args, out: self._after(site, hook, args, out))]
         if hook == "sublayer":
@@ -137,26 +138,39 @@ class Wiring:
             elif hook == "sublayer":
                 added = here.method.sublayer(group.pick(block_input), group.pick(base_y), p)
             else:
-                added = here.method.embed(group.pick(base_y), self._positions(group), p)
+                position_GM = self._positions(group)
+                count_G = self._counts(here, group.slots)
+                virtual_BT1 = group.put((position_GM < count_G.unsqueeze(1)).unsqueeze(-1), y[..., :1]).bool()
+                y = torch.where(virtual_BT1, 0, y)  # what the pad token stands for must leave no rounding behind
+                added = here.method.embed(group.pick(y), position_GM, p)
             y = y + group.put(added, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _put_prefix(self, site: str, attention: nn.Module) -> None:
-        set_prefix(attention, None)
+        forget_prefix(attention)  # of a pass that failed
+        if self.route is None or not self.route.prefixed:
+            return
+        parts = []
         for here, group, p in self.active(site, "key_value"):
-            assert self.route is not None
             key_GHPD, value_GHPD, length_G = here.method.key_value(p)
-            index_B, has_B = self._row_groups(group.slots, self.route)
+            index_B, has_B = self.route.rows(group.slots)
             seen_GP = torch.arange(key_GHPD.shape[2], device=self.device) < length_G.unsqueeze(1)
-            seen_BP = seen_GP[index_B] & has_B.unsqueeze(1)
-            set_prefix(attention, Prefix(key_GHPD[index_B], value_GHPD[index_B], seen_BP))
+            has_B111 = has_B.view(-1, 1, 1, 1)
+            # Zeros for the other rows, not only a mask: 0 * NaN is NaN.
+            key_BHPD = torch.where(has_B111, key_GHPD[index_B], 0)
+            parts.append((key_BHPD, torch.where(has_B111, value_GHPD[index_B], 0), seen_GP[index_B] & has_B[:, None]))
+        if parts:
+            keys, values, seen = zip(*parts, strict=True)
+            set_prefix(attention, Prefix(torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(seen, dim=1)))
 
-    def _row_groups(self, slots: tuple[int, ...], route: Route) -> tuple[Tensor, Tensor]:
-        """For each row [B] the place of its slot among ``slots``, and whether it is there. A row is of one slot."""
-        place = {slot: i for i, slot in enumerate(slots)}
-        of_row = route.slot_BT[:, 0].tolist()
-        index = torch.tensor([place.get(s, 0) for s in of_row], device=self.device)
-        return index, torch.tensor([s in place for s in of_row], device=self.device)
+    def _see_prefix_used(self, site: str, attention: nn.Module) -> None:
+        if forget_prefix(attention):
+            raise MethodError(f"{site} computes attention by a function of its own, which knows no prefix")
+
+    def _counts(self, here: Site, slots: tuple[int, ...]) -> Tensor:
+        """Virtual tokens [G] of each slot."""
+        counts = tuple(here.method.virtual_tokens(here.knobs[s]) for s in slots)
+        return self._cached(("virtual", counts), lambda: torch.tensor(counts, device=self.device))
 
     def _positions(self, group: Group) -> Tensor:
         assert self.route is not None

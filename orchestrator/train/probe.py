@@ -34,8 +34,8 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
             of a mixture-of-experts model are kept by torch's own matmul; that trains, in more memory.)
     """
     one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
-    alone = _batch(slot, [two], device)
-    packed = _batch(slot, [one, two], device)
+    alone = _batch(bank, slot, [two], device)
+    packed = _batch(bank, slot, [one, two], device)
     alive = _gathered_alive(model, bank, alone, quantized)
     with torch.no_grad():
         want = _losses(model, bank, alone, plain_loss)
@@ -44,9 +44,9 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
     return Probe(alive, packs, in_head)
 
 
-def _batch(slot: int, rows: list[list[int]], device: torch.device) -> Batch:
+def _batch(bank: Bank, slot: int, rows: list[list[int]], device: torch.device) -> Batch:
     samples = [Sample(tokens, [True] * len(tokens), key) for key, tokens in enumerate(rows)]
-    made = collate([Row(slot, samples)], pad_id=0)
+    made = collate([Row(slot, samples, *bank.lead(slot))], pad_id=0)
     return replace(made.to(device), slot_BT=made.slot_BT)
 
 
