@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
+from orchestrator.methods.bottleneck import Bottleneck
 from orchestrator.methods.head import Head
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
@@ -14,6 +15,7 @@ from orchestrator.methods.prompt import Prompt
 from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
+    "bottleneck": Bottleneck(),
     "lora": LoRA(),
     "prefix": Prefix(),
     "prompt": Prompt(),
