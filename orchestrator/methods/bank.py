@@ -6,7 +6,6 @@ tensors are not part of the module tree: what shards the base never sees them.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,41 +13,16 @@ from torch import Tensor, nn
 
 from orchestrator.config import Classification, Task
 from orchestrator.config import Method as MethodKnobs
+from orchestrator.data.batch import NO_SLOT
 from orchestrator.errors import MethodError
 from orchestrator.methods.fit import check_fit
-from orchestrator.methods.foreign import Foreign
-from orchestrator.methods.method import Hook, Method, Shape
+from orchestrator.methods.method import Method
 from orchestrator.methods.route import Route
 from orchestrator.methods.scope import Scope
+from orchestrator.methods.slot import Part, Slot, generator
 from orchestrator.methods.stack import Stack
 from orchestrator.methods.table import HEAD, method_of
-from orchestrator.methods.wiring import Site, Wiring, hash_ints, hash_text
-
-
-@dataclass
-class _Part:
-    """A method in a slot: the slot's own, or the head that its task needs."""
-
-    method: Method
-    knobs: Any
-    sites: dict[str, Hook]
-    shared: dict[str, str]
-
-    @property
-    def own(self) -> list[str]:
-        """Sites with tensors of their own."""
-        return [s for s in self.sites if s not in self.shared]
-
-
-@dataclass
-class _Slot:
-    """What the bank knows of one slot."""
-
-    seed: int
-    task: Task | None
-    parts: list[_Part]
-    foreign: Foreign | None = None
-    """What computes it in the bank's place; then it is the only slot."""
+from orchestrator.methods.wiring import Site, Wiring, hash_ints
 
 
 class Bank:
@@ -73,7 +47,7 @@ class Bank:
     ) -> None:
         self.scope = Scope.of(model, base_id, source=source, encode=encode)
         self.device = torch.device(device)
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._wiring = Wiring(model, self.scope, self.device)
 
     @property
@@ -111,12 +85,14 @@ class Bank:
         if not method.mixes:
             self._add_foreign(slot, method, knobs, seed, tensors, task)
             return
-        parts = [self._part(method, knobs)]
+        parts = [Part.of(method, knobs, self.scope)]
         if isinstance(task, Classification):
-            parts.append(self._part(HEAD, task))
-        values = self._start(parts, seed) if tensors is None else dict(tensors)
-        check_fit(self._shapes(parts), values)
-        self._slots[slot] = _Slot(seed, task, parts)
+            parts.append(Part.of(HEAD, task, self.scope))
+        if tensors is None:
+            tensors = {name: value for part in parts for name, value in part.start(self.scope, seed).items()}
+        values = dict(tensors)
+        check_fit({name: shape for part in parts for name, shape in part.shapes(self.scope).items()}, values)
+        self._slots[slot] = Slot(seed, task, parts)
         try:
             for part in parts:
                 self._fill(slot, part, seed, values)
@@ -145,14 +121,14 @@ class Bank:
     def resize(self, slot: int, knobs: MethodKnobs) -> None:
         """Change a slot's size; its function stays, where the new size can hold it."""
         part = self._slots[slot].parts[0]
-        new = self._part(method_of(knobs), knobs)
+        new = Part.of(method_of(knobs), knobs, self.scope)
         if new.method is not part.method or new.sites != part.sites or self._foreign():
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
         seed = self._slots[slot].seed
         for site in part.own:
             here = self._wiring.sites[site][part.method.name]
             values = {name: stack.value(slot) for name, stack in here.stacks.items()}
-            made = part.method.resized(part.knobs, knobs, values, site, self.scope, _generator(seed, site))
+            made = part.method.resized(part.knobs, knobs, values, site, self.scope, generator(seed, site))
             self._put(here, slot, new, made)
         self._slots[slot].parts[0] = new
 
@@ -167,7 +143,7 @@ class Bank:
             for site in part.own:
                 here = self._wiring.sites[site][part.method.name]
                 values = {name: stack.value(slot) for name, stack in here.stacks.items()}
-                made = part.method.rechosen(part.knobs, step, values, site, _generator(hash_ints(seed, step), site))
+                made = part.method.rechosen(part.knobs, step, values, site, generator(hash_ints(seed, step), site))
                 if made is None:
                     continue
                 still = made.pop("kept")
@@ -196,13 +172,30 @@ class Bank:
         return list(foreign.sites if foreign else self._slots[slot].parts[0].sites)
 
     def lead(self, slot: int) -> tuple[int, int]:
-        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin."""
+        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin.
+
+        None, and 0, for the bare base.
+        """
+        if slot == NO_SLOT:
+            return 0, 0
         part = self._slots[slot].parts[0]
         return part.method.virtual_tokens(part.knobs), part.method.prefix_length(part.knobs)
 
     def alone(self, slot: int) -> bool:
         """Whether a pass with tokens of this slot is to hold no other slot's."""
         return any(site in self.scope.shared_inputs for part in self._slots[slot].parts for site in part.sites)
+
+    def prefix(self, slot: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values, [heads, P, D] each, that a slot puts before its sequences: of each layer that has any."""
+        part = self._slots[slot].parts[0]
+        found = {}
+        for site in (site for site, hook in part.sites.items() if hook == "key_value"):
+            layer = self.scope.layer_of(site)
+            assert layer is not None
+            length = part.method.prefix_length(part.knobs)
+            key_HPD, value_HPD = self._wiring.key_value(site, part.method.name, slot)
+            found[layer] = key_HPD[:, :length], value_HPD[:, :length]
+        return found
 
     def changes_head(self, slot: int) -> bool:
         """Whether a slot adds to the logits of the base's own head."""
@@ -270,6 +263,7 @@ class Bank:
         position_BT: Tensor | None = None,
         sample_BT: Tensor | None = None,
         steps: Mapping[int, int] | None = None,
+        prefixed: bool = True,
     ) -> Iterator[None]:
         """Inside, each token passes its slot's delta. Recomputed activations need the backward pass inside, too.
 
@@ -278,8 +272,10 @@ class Bank:
             position_BT: positions, for dropout and virtual tokens.
             sample_BT: sample numbers, for dropout.
             steps: each slot's step count; given, dropout is on.
+            prefixed: whether prefixes of keys and values are added; not where a cache holds what ``prefix`` returns.
         """
-        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, steps is not None, self.device)
+        training = steps is not None
+        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, training, prefixed, self.device)
         try:
             with ExitStack() as stack:
                 for slot, here in self._slots.items():
@@ -295,22 +291,7 @@ class Bank:
 
         Dropout is on where it is in the pass around it (``routed``); it needs the sample numbers.
         """
-        wiring, logits_PC, around = self._wiring, None, self._wiring.route
-        route = Route(slot_P.view(1, -1), device=self.device)
-        if around is not None and sample_P is not None:
-            route.position_BT, route.sample_BT = torch.zeros_like(slot_P.view(1, -1)), sample_P.view(1, -1)
-            route.steps, route.training = around.steps, around.training
-        for here in (site for kinds in wiring.sites.values() for site in kinds.values() if site.hook == "head"):
-            group = route.group(list(here.knobs))
-            if group is None:
-                continue
-            made_GMC = here.method.head(group.pick(h_PH.unsqueeze(0)), wiring.params(here, group, route))
-            like = h_PH.new_empty(1, len(h_PH), made_GMC.shape[-1])
-            put_PC = group.put(made_GMC, like).squeeze(0)
-            logits_PC = put_PC if logits_PC is None else logits_PC + put_PC
-        if logits_PC is None:
-            raise MethodError("none of these slots has a head of its own")
-        return logits_PC
+        return self._wiring.classify(h_PH, slot_P, sample_P)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -332,34 +313,14 @@ class Bank:
         except BaseException:
             foreign.remove()
             raise
-        self._slots[slot] = _Slot(seed, task, [_Part(method, foreign.knobs, {}, {})], foreign)
+        self._slots[slot] = Slot(seed, task, [Part(method, foreign.knobs, {}, {})], foreign)
 
     def _foreign(self, slot: int | None = None) -> dict[str, nn.Parameter]:
         """The trained tensors that are in no stack, of one slot or of all."""
         slots = self._slots.values() if slot is None else [self._slots[slot]]
         return {n: p for here in slots if here.foreign for n, p in here.foreign.parameters.items()}
 
-    def _part(self, method: Method, knobs: Any) -> _Part:
-        shared = method.shared(knobs, self.scope)
-        return _Part(method, knobs, method.sites(knobs, self.scope), shared)
-
-    def _start(self, parts: list[_Part], seed: int) -> dict[str, Tensor]:
-        return {
-            f"{site}.{name}": value
-            for part in parts
-            for site in part.own
-            for name, value in part.method.start(part.knobs, site, self.scope, _generator(seed, site)).items()
-        }
-
-    def _shapes(self, parts: list[_Part]) -> dict[str, Shape]:
-        return {
-            f"{site}.{name}": shape
-            for part in parts
-            for site in part.own
-            for name, shape in part.method.shapes(part.knobs, site, self.scope).items()
-        }
-
-    def _fill(self, slot: int, part: _Part, seed: int, values: Mapping[str, Tensor]) -> None:
+    def _fill(self, slot: int, part: Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites
         for site in [*part.own, *part.shared]:
             here = sites.setdefault(site, {}).setdefault(part.method.name, Site(site, part.method, part.sites[site]))
@@ -372,7 +333,7 @@ class Bank:
                 self._put(here, slot, part, {name: values[f"{site}.{name}"] for name in names})
             here.knobs[slot], here.seeds[slot] = part.knobs, seed
 
-    def _put(self, here: Site, slot: int, part: _Part, values: Mapping[str, Tensor]) -> None:
+    def _put(self, here: Site, slot: int, part: Part, values: Mapping[str, Tensor]) -> None:
         here.knobs[slot] = part.knobs
         for name, value in values.items():
             trained = part.method.trained(part.knobs, name, tuple(value.shape))
@@ -395,7 +356,3 @@ class Bank:
         for kinds in self._wiring.sites.values():
             for here in kinds.values():
                 yield from () if here.borrowed else here.stacks.values()
-
-
-def _generator(seed: int, site: str) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_ints(seed, hash_text(site)))

@@ -145,7 +145,7 @@ class Method(ABC):
         raise NotImplementedError
 
     def embed(self, e_GMO: Tensor, position_GM: Tensor, p: Params) -> Tensor:
-        """Added to the input embeddings. Virtual tokens are at the positions below ``virtual_tokens``."""
+        """Added to the input embeddings, in which virtual tokens, at positions below ``virtual_tokens``, are zero."""
         raise NotImplementedError
 
     def key_value(self, p: Params) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +179,7 @@ class Method(ABC):
 
     def to_peft(self, knobs: Any, sites: Sequence[str], scope: Scope) -> dict[str, Any]:
         """Content of ``adapter_config.json``; peft's own where peft has the method, else ours."""
-        return {"peft_type": f"MANTA_{self.name.upper()}", "base_model_name_or_path": scope.base_id}
+        return {"peft_type": f"MANTA_{knobs.type.upper()}", "base_model_name_or_path": scope.base_id}
 
     def from_peft(self, config: Mapping[str, Any]) -> Any:
         """Knobs from an ``adapter_config.json``.

@@ -58,9 +58,12 @@ class Route:
     """Each slot's step count, for dropout."""
     training: bool = False
     """Whether dropout is on."""
+    prefixed: bool = True
+    """Whether prefixes of keys and values are added; not where a cache holds them."""
     device: torch.device | str = "cpu"
     """Where the activations are."""
     _groups: dict[tuple[int, ...], Group | None] = field(default_factory=dict)
+    _rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _tokens: dict[int, Tensor] = field(default_factory=dict)
     _shared: "Route | None" = None
 
@@ -95,6 +98,15 @@ class Route:
             slot = next(iter(self._tokens), -1)
             self._shared = Route(torch.full(tuple(shape), slot), device=self.device)
         return self._shared
+
+    def rows(self, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """For each row [B] the place of its slot among ``slots``, and whether it is there. A row is of one slot."""
+        if slots not in self._rows:
+            place = {slot: i for i, slot in enumerate(slots)}
+            of_row = [place.get(s) for s in self.slot_BT[:, 0].tolist()]
+            index_B = torch.tensor([i or 0 for i in of_row], device=self.device)
+            self._rows[slots] = index_B, torch.tensor([i is not None for i in of_row], device=self.device)
+        return self._rows[slots]
 
     def _make(self, slots: tuple[int, ...]) -> Group | None:
         active = tuple(s for s in slots if s in self._tokens)

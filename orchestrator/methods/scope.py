@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from orchestrator.base.attention import NAME
 from orchestrator.base.encoder import positional_linears
 from orchestrator.base.linear import dense_parameters, is_transposed, linear_shape, linear_sites
 from orchestrator.base.model import decoder_layers, text_config
@@ -76,6 +77,8 @@ class Scope:
     """Linears that see more than tokens: relative positions, which all rows of a pass share (DeBERTa)."""
     base_id: str = ""
     """Name of the base, for the delta's own config."""
+    embed_scale: float = 1.0
+    """What the embedding of the input tokens multiplies its weights by (Gemma 3)."""
     prefix: str = ""
     """What transformers' task models put before these names (``bert.``); empty where the base is one."""
     weights: Callable[[str], dict[str, Tensor]] = field(default=_no_weights, compare=False, repr=False)
@@ -126,6 +129,7 @@ class Scope:
             ),
             shared_inputs=frozenset(n for n in linears if n.rsplit(".", 1)[-1] in positional_linears(model)),
             base_id=base_id,
+            embed_scale=_embed_scale(embeddings[words]),
             prefix="" if out is not None else f"{named.base_model_prefix}.",
             weights=lambda site: dense_parameters(model.get_submodule(site)),
             source=source or _no_weights,  # type: ignore[arg-type]
@@ -148,6 +152,11 @@ def _features(module: Any) -> int:
     return int(getattr(module.weight, "ds_numel", module.weight.numel()))
 
 
+def _embed_scale(words: Any) -> float:
+    # The plain number where there is one: a buffer of an empty model has no value.
+    return float(getattr(words, "scalar_embed_scale", getattr(words, "embed_scale", 1.0)))
+
+
 def _blocks(layer: str, linears: Mapping[str, nn.Module], model: nn.Module) -> list[tuple[str, SubLayer]]:
     """The blocks of one layer; one whose last linear cannot be told (fused experts) is left out."""
     mine = [n for n in linears if n.startswith(layer)]
@@ -161,16 +170,17 @@ def _blocks(layer: str, linears: Mapping[str, nn.Module], model: nn.Module) -> l
         if starts:
             found.append((ends[-1], SubLayer("attention", starts[0])))
     ends = [n for n in feed_forward if linear_shape(linears[n])[0] == width]
-    if ends and feed_forward[0] != ends[-1]:
+    fused = any("Experts" in type(m).__name__ for n, m in model.named_modules() if n.startswith(layer))
+    if not fused and ends and feed_forward[0] != ends[-1]:
         found.append((ends[-1], SubLayer("feed_forward", feed_forward[0])))
     return found
 
 
 def _attention(model: Any, layers: str) -> dict[str, tuple[int, int]]:
     """Modules that hand their keys and values to the attention function that this project registers."""
-    if not getattr(model, "_supports_sdpa", False):
-        return {}
     config = text_config(model)
+    if not getattr(model, "_supports_sdpa", False) or config._attn_implementation not in ("sdpa", NAME):
+        return {}
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

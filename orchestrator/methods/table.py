@@ -5,19 +5,25 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.config import Classification, Knobs
+from orchestrator.methods.bottleneck import Bottleneck
 from orchestrator.methods.full import Full
 from orchestrator.methods.head import Head
 from orchestrator.methods.last_layers import LastLayers
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
 from orchestrator.methods.passthrough import Passthrough
+from orchestrator.methods.prefix import Prefix
+from orchestrator.methods.prompt import Prompt
 from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
+    "bottleneck": Bottleneck(),
     "full": Full(),
     "last_layers": LastLayers(),
     "lora": LoRA(),
     "peft": Passthrough(),
+    "prefix": Prefix(),
+    "prompt": Prompt(),
 }
 HEAD_MODULES = ("score", "classifier")
 """What transformers' sequence classifiers call their heads, which peft saves whole beside the method."""

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from orchestrator.base.attention import Prefix, set_prefix
+from orchestrator.base.attention import Prefix, forget_prefix, set_prefix
 from orchestrator.config import Knobs
+from orchestrator.errors import MethodError
 from orchestrator.methods.drop import Drop, mix
 from orchestrator.methods.method import Hook, Method, Params
 from orchestrator.methods.route import Group, Route
@@ -104,6 +105,33 @@ class Wiring:
             if group is not None:
                 yield here, group, self.params(here, group, route)
 
+    def classify(self, h_PH: Tensor, slot_P: Tensor, sample_P: Tensor | None) -> Tensor:
+        """See ``Bank.classify``."""
+        logits_PC, around = None, self.route
+        route = Route(slot_P.view(1, -1), device=self.device)
+        if around is not None and sample_P is not None:
+            route.position_BT, route.sample_BT = torch.zeros_like(slot_P.view(1, -1)), sample_P.view(1, -1)
+            route.steps, route.training = around.steps, around.training
+        for here in (site for kinds in self.sites.values() for site in kinds.values() if site.hook == "head"):
+            group = route.group(list(here.knobs))
+            if group is None:
+                continue
+            made_GMC = here.method.head(group.pick(h_PH.unsqueeze(0)), self.params(here, group, route))
+            like = h_PH.new_empty(1, len(h_PH), made_GMC.shape[-1])
+            put_PC = group.put(made_GMC, like).squeeze(0)
+            logits_PC = put_PC if logits_PC is None else logits_PC + put_PC
+        if logits_PC is None:
+            raise MethodError("none of these slots has a head of its own")
+        return logits_PC
+
+    def key_value(self, site: str, method: str, slot: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [heads, P, D] of a slot at an attention module, without gradient."""
+        here, route = self.sites[site][method], Route(torch.tensor([[slot]]), device=self.device)
+        group = route.group(list(here.knobs))
+        assert group is not None
+        key_GHPD, value_GHPD, _ = here.method.key_value(self.params(here, group, route))
+        return key_GHPD[0].detach(), value_GHPD[0].detach()
+
     # -- hooks --------------------------------------------------------------------------------------------------------
 
     def _register(self, site: str, hook: Hook) -> list[Any]:
@@ -115,7 +143,7 @@ class Wiring:
         if hook == "key_value":
             return [
                 module.register_forward_pre_hook(lambda attention, _: self._put_prefix(site, attention)),
-                module.register_forward_hook(lambda attention, *_: set_prefix(attention, None), always_call=True),
+                module.register_forward_hook(lambda attention, *_: self._see_prefix_used(site, attention)),
             ]
         handles = [module.register_forward_hook(lambda _, args, out: self._after(site, hook, args, out))]
         if hook == "sublayer":
@@ -148,26 +176,39 @@ class Wiring:
             elif hook == "sublayer":
                 added = here.method.sublayer(group.pick(block_input), group.pick(base_y), p)
             else:
-                added = here.method.embed(group.pick(base_y), self._positions(group, self.route), p)
+                position_GM = self._positions(group, self.route)
+                count_G = self._counts(here, group.slots)
+                virtual_BT1 = group.put((position_GM < count_G.unsqueeze(1)).unsqueeze(-1), y[..., :1]).bool()
+                y = torch.where(virtual_BT1, 0, y)  # what the pad token stands for must leave no rounding behind
+                added = here.method.embed(group.pick(y), position_GM, p)
             y = y + group.put(added, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _put_prefix(self, site: str, attention: nn.Module) -> None:
-        set_prefix(attention, None)
+        forget_prefix(attention)  # of a pass that failed
+        if self.route is None or not self.route.prefixed:
+            return
+        parts = []
         for here, group, p in self.active(site, "key_value"):
-            assert self.route is not None
             key_GHPD, value_GHPD, length_G = here.method.key_value(p)
-            index_B, has_B = self._row_groups(group.slots, self.route)
+            index_B, has_B = self.route.rows(group.slots)
             seen_GP = torch.arange(key_GHPD.shape[2], device=self.device) < length_G.unsqueeze(1)
-            seen_BP = seen_GP[index_B] & has_B.unsqueeze(1)
-            set_prefix(attention, Prefix(key_GHPD[index_B], value_GHPD[index_B], seen_BP))
+            has_B111 = has_B.view(-1, 1, 1, 1)
+            # Zeros for the other rows, not only a mask: 0 * NaN is NaN.
+            key_BHPD = torch.where(has_B111, key_GHPD[index_B], 0)
+            parts.append((key_BHPD, torch.where(has_B111, value_GHPD[index_B], 0), seen_GP[index_B] & has_B[:, None]))
+        if parts:
+            keys, values, seen = zip(*parts, strict=True)
+            set_prefix(attention, Prefix(torch.cat(keys, dim=2), torch.cat(values, dim=2), torch.cat(seen, dim=1)))
 
-    def _row_groups(self, slots: tuple[int, ...], route: Route) -> tuple[Tensor, Tensor]:
-        """For each row [B] the place of its slot among ``slots``, and whether it is there. A row is of one slot."""
-        place = {slot: i for i, slot in enumerate(slots)}
-        of_row = route.slot_BT[:, 0].tolist()
-        index = torch.tensor([place.get(s, 0) for s in of_row], device=self.device)
-        return index, torch.tensor([s in place for s in of_row], device=self.device)
+    def _see_prefix_used(self, site: str, attention: nn.Module) -> None:
+        if forget_prefix(attention):
+            raise MethodError(f"{site} computes attention by a function of its own, which knows no prefix")
+
+    def _counts(self, here: Site, slots: tuple[int, ...]) -> Tensor:
+        """Virtual tokens [G] of each slot."""
+        counts = tuple(here.method.virtual_tokens(here.knobs[s]) for s in slots)
+        return self._cached(("virtual", counts), lambda: torch.tensor(counts, device=self.device))
 
     def _positions(self, group: Group, route: Route | None) -> Tensor:
         assert route is not None
