@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.base import load_base
-from orchestrator.config import Base, Full, LastLayers, Lora
+from orchestrator.config import Base, Bottleneck, Full, LastLayers, Lora, Prefix, Prompt
 from orchestrator.methods import Bank, method_of
 from tests import tiny
 
@@ -21,9 +21,16 @@ CASES: dict[str, Any] = {
     "last_layers": LastLayers(layers=1),
     "last_layers_head": LastLayers(layers=2, head=True),
     "full": Full(),
+    "prompt": Prompt(tokens=5),
+    "prompt_text": Prompt(tokens=3, start="text", text="the cat sat on the mat"),
+    "prefix": Prefix(tokens=4),
+    "prefix_short": Prefix(tokens=2, std=0.5),
+    "houlsby": Bottleneck(size=6, placement="houlsby"),
+    "pfeiffer": Bottleneck(size=3, activation="gelu"),
+    "parallel": Bottleneck(size=5, placement="parallel", activation="silu", scale=2.0),
 }
 """Name -> knobs that fit the tiny Llama."""
-NO_WEIGHT_CHANGE: set[str] = set()
+NO_WEIGHT_CHANGE = {"prompt", "prompt_text", "prefix", "prefix_short", "houlsby", "pfeiffer", "parallel"}
 """Cases that cannot be merged."""
 TOKENS_BT = torch.randint(3, tiny.VOCAB, (4, 16), generator=torch.Generator().manual_seed(1))
 

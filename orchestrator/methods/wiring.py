@@ -168,12 +168,13 @@ class Wiring:
     def _after(self, site: str, hook: Hook, args: tuple[Any, ...], out: Any) -> Any:
         base_y = out[0] if isinstance(out, tuple) else out
         y = base_y
-        block_input = self._block_input.pop(site, base_y)
+        block_input = self._block_input.pop(site, None) if hook == "sublayer" else None
         for here, group, p in self.active(site, hook, args[0]):
             if hook == "output":
                 seen = group.pick(base_y) if here.method.uses_base_output else None
                 added = here.method.output(group.pick(args[0]), seen, p)
             elif hook == "sublayer":
+                assert block_input is not None
                 added = here.method.sublayer(group.pick(block_input), group.pick(base_y), p)
             else:
                 position_GM = self._positions(group, self.route)
