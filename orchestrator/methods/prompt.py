@@ -58,16 +58,13 @@ class Prompt(Method):
             index_P = torch.randint(len(words_VH), (knobs.tokens,), generator=generator)
         return {"prompt": words_VH[index_P]}
 
-    def numbers(self, knobs: PromptKnobs, site: str) -> dict[str, float]:
-        """P."""
-        return {"tokens": float(knobs.tokens)}
-
     def embed(self, e_GMO: Tensor, position_GM: Tensor, p: Params) -> Tensor:
         """``prompt[t]`` at the virtual tokens, zero at all others."""
-        prompt_GPO = nn.functional.pad(p.cast("prompt", e_GMO), (0, 0, 0, 1))  # a row of zeros for the others
+        # A row of zeros for the others; a shorter prompt has zeros behind it already.
+        prompt_GPO = nn.functional.pad(p.cast("prompt", e_GMO), (0, 0, 0, 1))
         slots, size, _ = prompt_GPO.shape
-        row_GM = torch.where(position_GM < p.numbers["tokens"].unsqueeze(1), position_GM, size - 1)
-        row_GM = row_GM + size * torch.arange(slots, device=row_GM.device).unsqueeze(1)
+        start_G1 = size * torch.arange(slots, device=position_GM.device).unsqueeze(1)
+        row_GM = position_GM.clamp(max=size - 1) + start_G1
         return nn.functional.embedding(row_GM, prompt_GPO.flatten(0, 1))  # its backward sums in a fixed order
 
     def weight_change(
