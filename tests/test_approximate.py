@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.approximate import approximated
 from orchestrator.base import load_base, source_identity
-from orchestrator.config import Base, CausalLM, Lora
+from orchestrator.config import Base, CausalLM, LastLayers, Lora
 from orchestrator.delta import Delta, load_delta, save_delta
 from orchestrator.errors import DeltaError, MethodError, WrongBaseError
 from orchestrator.methods import METHODS, Bank, to_files
@@ -23,7 +23,7 @@ from tests import tiny
 TOKENS_BT = torch.randint(3, tiny.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-def trained(folder: Path, knobs: Lora, out: Path) -> tuple[Delta, Tensor]:
+def trained(folder: Path, knobs: Any, out: Path) -> tuple[Delta, Tensor]:
     """A delta of random values on the dense base, and the logits that it makes there."""
     base = Base(id=str(folder), quantize="none")
     model = load_base(base).model
@@ -98,6 +98,23 @@ def test_the_error_is_numpys(arch: str, tmp_path: Path) -> None:
     whole_rank = approximated(delta, folder, tmp_path / "whole", rank=300)  # more than any layer has
     assert whole_rank.total < 1e-5
     torch.testing.assert_close(in_peft(folder, tmp_path / "whole"), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_dense_changes_are_cut_to_the_rank(arch: str, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "base", arch)
+    delta, _ = trained(folder, LastLayers(layers=1), tmp_path / "delta")
+    found = approximated(delta, folder, tmp_path / "lora", rank=8)
+    for site, error in found.errors.items():
+        s = np.linalg.svd(delta.tensors[f"{site}.weight"].double().numpy(), compute_uv=False)
+        assert error == pytest.approx(((s[8:] ** 2).sum() / (s**2).sum()) ** 0.5, rel=1e-3)
+    assert {f"{site}.weight" for site in found.errors} | set(found.left_out) == set(delta.tensors)
+    # Norms and biases, and nothing else, are left out.
+    kinds = {name.rsplit(".", 2)[-2:][0] for name in found.left_out if name.endswith(".weight")}
+    assert kinds == (
+        {"ln_1", "ln_2", "ln_f"} if arch == "gpt2" else {"input_layernorm", "post_attention_layernorm", "norm"}
+    )
+    assert any(name.endswith(".bias") for name in found.left_out) == (arch == "gpt2")
 
 
 class Biased(LoRA):
