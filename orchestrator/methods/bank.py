@@ -6,7 +6,7 @@ tensors are not part of the module tree: what shards the base never sees them.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ class _Part:
     def own(self) -> list[str]:
         """Sites with tensors of their own."""
         return [s for s in self.sites if s not in self.shared]
+
+    def key(self, site: str) -> str:
+        """What it is known by at a site; slots may differ in where they hook in."""
+        return f"{self.method.name}.{self.sites[site]}"
 
 
 @dataclass
@@ -69,6 +73,7 @@ class Bank:
     ) -> None:
         self.scope = Scope.of(model, base_id, source=source, encode=encode)
         self.device = torch.device(device)
+        self._empty = next(model.parameters()).is_meta
         self._slots: dict[int, _Slot] = {}
         self._wiring = Wiring(model, self.scope, self.device)
 
@@ -85,6 +90,7 @@ class Bank:
         seed: int = 0,
         tensors: Mapping[str, Tensor] | None = None,
         task: Task | None = None,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Fill a slot, at the method's start values or with a saved delta's tensors. Every rank must call it.
 
@@ -94,6 +100,7 @@ class Bank:
             seed: of start values and dropout.
             tensors: ``<site>.<name>`` -> tensor, as ``tensors`` returns them.
             task: gives the slot a head of its own where the task needs one.
+            importance: of each site's weights, where the method asks for it (``Method.importance_samples``).
 
         Raises:
             MethodError: a target matches nothing, the base has not what the method needs, or the slot is taken.
@@ -104,7 +111,7 @@ class Bank:
         parts = [self._part(method_of(knobs), knobs)]
         if isinstance(task, Classification):
             parts.append(self._part(HEAD, task))
-        values = self._start(parts, seed) if tensors is None else dict(tensors)
+        values = self._start(parts, seed, importance) if tensors is None else dict(tensors)
         self._check(parts, values)
         self._slots[slot] = _Slot(seed, task, parts)
         try:
@@ -118,7 +125,7 @@ class Bank:
         """Empty a slot."""
         for part in self._slots.pop(slot).parts:
             for site in [*part.own, *part.shared]:
-                here = self._wiring.sites.get(site, {}).get(part.method.name)
+                here = self._wiring.sites.get(site, {}).get(part.key(site))
                 if here is None:
                     continue
                 for stack in () if here.borrowed else (*here.stacks.values(), *here.constants.values()):
@@ -126,7 +133,7 @@ class Bank:
                 here.knobs.pop(slot, None)
                 here.seeds.pop(slot, None)
                 if not here.knobs:
-                    del self._wiring.sites[site][part.method.name]
+                    del self._wiring.sites[site][part.key(site)]
                 self._wiring.changed(site)
 
     def resize(self, slot: int, knobs: MethodKnobs) -> None:
@@ -137,7 +144,7 @@ class Bank:
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
         seed = self._slots[slot].seed
         for site in part.own:
-            here = self._wiring.sites[site][part.method.name]
+            here = self._wiring.sites[site][part.key(site)]
             values = {name: stack.value(slot) for name, stack in here.stacks.items()}
             made = part.method.resized(part.knobs, knobs, values, site, self.scope, _generator(seed, site))
             self._put(here, slot, new, made)
@@ -152,9 +159,10 @@ class Bank:
         seed, kept = self._slots[slot].seed, {}
         for part in self._slots[slot].parts:
             for site in part.own:
-                here = self._wiring.sites[site][part.method.name]
+                here = self._wiring.sites[site][part.key(site)]
                 values = {name: stack.value(slot) for name, stack in here.stacks.items()}
-                made = part.method.rechosen(part.knobs, step, values, site, _generator(hash_ints(seed, step), site))
+                draw = _generator(hash_ints(seed, step), site)
+                made = part.method.rechosen(part.knobs, step, values, site, self.scope, draw)
                 if made is None:
                     continue
                 still = made.pop("kept")
@@ -200,7 +208,7 @@ class Bank:
             f"{site}.{name}": part.method.lr_ratio(part.knobs, name)
             for part in self._slots[slot].parts
             for site in part.own
-            for name, stack in self._wiring.sites[site][part.method.name].stacks.items()
+            for name, stack in self._wiring.sites[site][part.key(site)].stacks.items()
             if slot in stack.views
         }
 
@@ -281,12 +289,15 @@ class Bank:
         shared = method.shared(knobs, self.scope)
         return _Part(method, knobs, method.sites(knobs, self.scope), shared)
 
-    def _start(self, parts: list[_Part], seed: int) -> dict[str, Tensor]:
+    def _start(
+        self, parts: list[_Part], seed: int, importance: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        scope = self.scope if importance is None else replace(self.scope, importance=importance.__getitem__)
         return {
             f"{site}.{name}": value
             for part in parts
             for site in part.own
-            for name, value in part.method.start(part.knobs, site, self.scope, _generator(seed, site)).items()
+            for name, value in part.method.start(part.knobs, site, scope, _generator(seed, site)).items()
         }
 
     def _check(self, parts: list[_Part], values: Mapping[str, Tensor]) -> None:
@@ -310,11 +321,11 @@ class Bank:
     def _fill(self, slot: int, part: _Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites
         for site in [*part.own, *part.shared]:
-            here = sites.setdefault(site, {}).setdefault(part.method.name, Site(site, part.method, part.sites[site]))
+            here = sites.setdefault(site, {}).setdefault(part.key(site), Site(site, part.method, part.sites[site]))
             self._wiring.attach(site, here.hook)
             self._wiring.changed(site)
             if site in part.shared:
-                here.stacks, here.borrowed = sites[part.shared[site]][part.method.name].stacks, True
+                here.stacks, here.borrowed = sites[part.shared[site]][part.key(part.shared[site])].stacks, True
             else:
                 names = part.method.shapes(part.knobs, site, self.scope)
                 self._put(here, slot, part, {name: values[f"{site}.{name}"] for name in names})
@@ -325,7 +336,8 @@ class Bank:
         for name, value in values.items():
             trained = part.method.trained(part.knobs, name, tuple(value.shape))
             here.stacks.setdefault(name, Stack()).put(slot, self._own(value), trained)
-        for name, value in part.method.constants(part.knobs, here.name, self.scope).items():
+        constants = {} if self._empty else part.method.constants(part.knobs, here.name, self.scope)
+        for name, value in constants.items():
             here.constants.setdefault(name, Stack()).put(slot, self._own(value), None)
         self._wiring.changed(here.name)
 
@@ -336,7 +348,7 @@ class Bank:
     def _own_stacks(self, slot: int) -> Iterator[tuple[str, Stack]]:
         for part in self._slots[slot].parts:
             for site in part.own:
-                for name, stack in self._wiring.sites[site][part.method.name].stacks.items():
+                for name, stack in self._wiring.sites[site][part.key(site)].stacks.items():
                     yield f"{site}.{name}", stack
 
     def _stacks(self) -> Iterator[Stack]:
