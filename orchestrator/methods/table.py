@@ -6,6 +6,7 @@ from typing import Any
 
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
+from orchestrator.methods.bitfit import BitFit
 from orchestrator.methods.head import Head
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
@@ -13,6 +14,7 @@ from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(),
+    "bitfit": BitFit(),
 }
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""
