@@ -10,11 +10,13 @@ from orchestrator.methods.bitfit import BitFit
 from orchestrator.methods.head import Head
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
+from orchestrator.methods.norms import Norms
 from orchestrator.methods.scope import Scope
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(),
     "bitfit": BitFit(),
+    "norms": Norms(),
 }
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""
