@@ -8,6 +8,7 @@ from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.bitfit import BitFit
 from orchestrator.methods.head import Head
+from orchestrator.methods.ia3 import IA3
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
 from orchestrator.methods.norms import Norms
@@ -17,6 +18,7 @@ METHODS: dict[str, Method] = {
     "lora": LoRA(),
     "bitfit": BitFit(),
     "norms": Norms(),
+    "ia3": IA3(),
 }
 HEAD = Head()
 """Not a method of its own: what a classification task adds to a slot."""
