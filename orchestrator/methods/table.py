@@ -13,10 +13,12 @@ from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
 from orchestrator.methods.norms import Norms
 from orchestrator.methods.scope import Scope
+from orchestrator.methods.sparse import Sparse
 
 METHODS: dict[str, Method] = {
     "lora": LoRA(),
     "bitfit": BitFit(),
+    "sparse": Sparse(),
     "norms": Norms(),
     "ia3": IA3(),
 }

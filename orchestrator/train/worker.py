@@ -20,6 +20,7 @@ from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
 from orchestrator.methods import Bank, from_files, knobs_from_peft, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.engine import Engine, least
+from orchestrator.train.fisher import fisher
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
 from orchestrator.train.probe import probe
@@ -30,6 +31,7 @@ from orchestrator.train.writer import DeltaWriter
 from orchestrator.train.zero import choose_stage, held_bytes
 
 T = TypeVar("T")
+Measure = Callable[[list[str], int], dict[str, torch.Tensor]]
 SLOT = 0
 
 
@@ -83,7 +85,12 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     for delta in (parent, restored.delta if restored else None):
         for warning in check_base(delta.manifest, identity) if delta else ():
             reporter.event("warning", {"text": warning})
-    knobs = fill_slot(bank, run, restored, parent)
+
+    def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
+        model = engine.start(base.model)
+        return fisher(model, engine, plain_loss, data.train, sites=sites, scope=bank.scope, count=count)
+
+    knobs = fill_slot(bank, run, restored, parent, measure)
     engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     model = engine.start(base.model)
     if run.train.recompute:
@@ -142,15 +149,20 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         engine.close()
 
 
-def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any) -> Method:
+def fill_slot(bank: Bank, run: Run, restored: Restored | None, parent: Any, measure: Measure | None = None) -> Method:
     """Start values, a checkpoint's, or another delta's; returns the knobs in force.
+
+    ``measure`` says how much each weight of some sites matters to so many training samples.
 
     Raises:
         MethodError: the delta to continue from has another method or size than the run asks for.
     """
     delta = restored.delta if restored else parent
     if delta is None:
-        bank.add(SLOT, run.method, seed=run.train.seed)
+        method = method_of(run.method)
+        count = method.importance_samples(run.method)
+        importance = measure(list(method.sites(run.method, bank.scope)), count) if measure and count else None
+        bank.add(SLOT, run.method, seed=run.train.seed, importance=importance)
         return run.method
     knobs: Method = delta.manifest.method if delta.manifest else knobs_from_peft(delta.peft_config)
     if not restored:
