@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.base import load_base
-from orchestrator.config import Base, Bottleneck, Full, LastLayers, Lora, Prefix, Prompt
+from orchestrator.config import IA3, Base, BitFit, Bottleneck, Full, LastLayers, Lora, Norms, Prefix, Prompt, Sparse
 from orchestrator.methods import Bank, method_of
 from tests import tiny
 
@@ -21,6 +21,11 @@ CASES: dict[str, Any] = {
     "last_layers": LastLayers(layers=1),
     "last_layers_head": LastLayers(layers=2, head=True),
     "full": Full(),
+    "bitfit": BitFit(),
+    "sparse": Sparse(density=0.05),
+    "sparse_random": Sparse(density=0.01, choose="random", targets=("q_proj", "up_proj")),
+    "norms": Norms(),
+    "ia3": IA3(),
     "prompt": Prompt(tokens=5),
     "prompt_text": Prompt(tokens=3, start="text", text="the cat sat on the mat"),
     "prefix": Prefix(tokens=4),

@@ -83,6 +83,8 @@ class Norms(Knobs):
     default_lr: ClassVar[float] = 1e-3
     type: Literal["norms"] = "norms"
     """Method name."""
+    targets: tuple[str, ...] = ("all-norms",)
+    """Normalization layers: ``all-norms``, names such as ``ln_1``, or regular expressions over full names."""
     biases: bool = True
     """Train their biases too, where they have any."""
 

@@ -6,6 +6,7 @@ tensors are not part of the module tree: what shards the base never sees them.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class Bank:
     ) -> None:
         self.scope = Scope.of(model, base_id, source=source, encode=encode)
         self.device = torch.device(device)
+        self._empty = next(model.parameters()).is_meta
         self._slots: dict[int, Slot] = {}
         self._wiring = Wiring(model, self.scope, self.device)
 
@@ -63,6 +65,7 @@ class Bank:
         seed: int = 0,
         tensors: Mapping[str, Tensor] | None = None,
         task: Task | None = None,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Fill a slot, at the method's start values or with a saved delta's tensors. Every rank must call it.
 
@@ -72,6 +75,7 @@ class Bank:
             seed: of start values and dropout.
             tensors: ``<site>.<name>`` -> tensor, as ``tensors`` returns them.
             task: gives the slot a head of its own where the task needs one.
+            importance: of each site's weights, where the method asks for it (``Method.importance_samples``).
 
         Raises:
             MethodError: a target matches nothing, the base has not what the method needs, or the slot is taken.
@@ -89,7 +93,8 @@ class Bank:
         if isinstance(task, Classification):
             parts.append(Part.of(HEAD, task, self.scope))
         if tensors is None:
-            tensors = {name: value for part in parts for name, value in part.start(self.scope, seed).items()}
+            scope = self.scope if importance is None else replace(self.scope, importance=importance.__getitem__)
+            tensors = {name: value for part in parts for name, value in part.start(scope, seed).items()}
         values = dict(tensors)
         check_fit({name: shape for part in parts for name, shape in part.shapes(self.scope).items()}, values)
         self._slots[slot] = Slot(seed, task, parts)
@@ -107,7 +112,7 @@ class Bank:
             gone.foreign.remove()
         for part in gone.parts:
             for site in [*part.own, *part.shared]:
-                here = self._wiring.sites.get(site, {}).get(part.method.name)
+                here = self._wiring.sites.get(site, {}).get(part.key(site))
                 if here is None:
                     continue
                 for stack in () if here.borrowed else (*here.stacks.values(), *here.constants.values()):
@@ -115,7 +120,7 @@ class Bank:
                 here.knobs.pop(slot, None)
                 here.seeds.pop(slot, None)
                 if not here.knobs:
-                    del self._wiring.sites[site][part.method.name]
+                    del self._wiring.sites[site][part.key(site)]
                 self._wiring.changed(site)
 
     def resize(self, slot: int, knobs: MethodKnobs) -> None:
@@ -126,7 +131,7 @@ class Bank:
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
         seed = self._slots[slot].seed
         for site in part.own:
-            here = self._wiring.sites[site][part.method.name]
+            here = self._wiring.sites[site][part.key(site)]
             values = {name: stack.value(slot) for name, stack in here.stacks.items()}
             made = part.method.resized(part.knobs, knobs, values, site, self.scope, generator(seed, site))
             self._put(here, slot, new, made)
@@ -141,9 +146,10 @@ class Bank:
         seed, kept = self._slots[slot].seed, {}
         for part in self._slots[slot].parts:
             for site in part.own:
-                here = self._wiring.sites[site][part.method.name]
+                here = self._wiring.sites[site][part.key(site)]
                 values = {name: stack.value(slot) for name, stack in here.stacks.items()}
-                made = part.method.rechosen(part.knobs, step, values, site, generator(hash_ints(seed, step), site))
+                draw = generator(hash_ints(seed, step), site)
+                made = part.method.rechosen(part.knobs, step, values, site, self.scope, draw)
                 if made is None:
                     continue
                 still = made.pop("kept")
@@ -193,7 +199,7 @@ class Bank:
             layer = self.scope.layer_of(site)
             assert layer is not None
             length = part.method.prefix_length(part.knobs)
-            key_HPD, value_HPD = self._wiring.key_value(site, part.method.name, slot)
+            key_HPD, value_HPD = self._wiring.key_value(site, part.key(site), slot)
             found[layer] = key_HPD[:, :length], value_HPD[:, :length]
         return found
 
@@ -212,7 +218,7 @@ class Bank:
             f"{site}.{name}": part.method.lr_ratio(part.knobs, name)
             for part in self._slots[slot].parts
             for site in part.own
-            for name, stack in self._wiring.sites[site][part.method.name].stacks.items()
+            for name, stack in self._wiring.sites[site][part.key(site)].stacks.items()
             if slot in stack.views
         }
         return {**own, **dict.fromkeys(self._foreign(slot), 1.0)}
@@ -323,11 +329,11 @@ class Bank:
     def _fill(self, slot: int, part: Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites
         for site in [*part.own, *part.shared]:
-            here = sites.setdefault(site, {}).setdefault(part.method.name, Site(site, part.method, part.sites[site]))
+            here = sites.setdefault(site, {}).setdefault(part.key(site), Site(site, part.method, part.sites[site]))
             self._wiring.attach(site, here.hook)
             self._wiring.changed(site)
             if site in part.shared:
-                here.stacks, here.borrowed = sites[part.shared[site]][part.method.name].stacks, True
+                here.stacks, here.borrowed = sites[part.shared[site]][part.key(part.shared[site])].stacks, True
             else:
                 names = part.method.shapes(part.knobs, site, self.scope)
                 self._put(here, slot, part, {name: values[f"{site}.{name}"] for name in names})
@@ -338,7 +344,8 @@ class Bank:
         for name, value in values.items():
             trained = part.method.trained(part.knobs, name, tuple(value.shape))
             here.stacks.setdefault(name, Stack()).put(slot, self._own(value), trained)
-        for name, value in part.method.constants(part.knobs, here.name, self.scope).items():
+        constants = {} if self._empty else part.method.constants(part.knobs, here.name, self.scope)
+        for name, value in constants.items():
             here.constants.setdefault(name, Stack()).put(slot, self._own(value), None)
         self._wiring.changed(here.name)
 
@@ -349,7 +356,7 @@ class Bank:
     def _own_stacks(self, slot: int) -> Iterator[tuple[str, Stack]]:
         for part in self._slots[slot].parts:
             for site in part.own:
-                for name, stack in self._wiring.sites[site][part.method.name].stacks.items():
+                for name, stack in self._wiring.sites[site][part.key(site)].stacks.items():
                     yield f"{site}.{name}", stack
 
     def _stacks(self) -> Iterator[Stack]:

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from orchestrator.base.norm import normalized
 from orchestrator.config import Knobs as BaseKnobs
 from orchestrator.config.method import LastLayers as Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.method import Hook, Method, Params, Scope, Shape
-from orchestrator.methods.normalize import normalized
 
 
 class LastLayers(Method):
@@ -52,6 +52,14 @@ class LastLayers(Method):
         """Zeros."""
         return {name: torch.zeros(shape) for name, shape in self.shapes(knobs, site, scope).items()}
 
+    def constants(self, knobs: Knobs, site: str, scope: Scope) -> dict[str, Tensor]:
+        """Of a normalization layer, whether it takes the mean off: 1 or 0."""
+        if site not in scope.norms:
+            return {}
+        if site not in scope.takes_off_mean:
+            raise MethodError(f"{site} is neither LayerNorm nor RMSNorm; train without it (method.norms: false)")
+        return {"mean": torch.tensor([float(scope.takes_off_mean[site])])}
+
     def unquantized(self, knobs: Knobs, count: int) -> frozenset[int]:
         """The last layers."""
         return frozenset(range(max(0, count - knobs.layers), count))
@@ -61,8 +69,11 @@ class LastLayers(Method):
         if isinstance(p.module, nn.Embedding):
             rows_GMH = _rows(p.tensors["weight"], x_GMI.squeeze(-1)).to(p.module.weight.dtype)
             return rows_GMH * getattr(p.module, "embed_scale", 1)  # Gemma scales its embeddings
-        if "Norm" in type(p.module).__name__:
-            added = normalized(p.module, x_GMI, p.tensors["weight"])
+        if "mean" in p.tensors:
+            scale_GF = p.tensors["weight"]
+            x_GMHF = x_GMI.reshape(*x_GMI.shape[:2], -1, scale_GF.shape[-1])
+            hat_GMHF = normalized(p.module, x_GMHF, p.tensors["mean"].view(-1, 1, 1, 1))
+            added = (hat_GMHF * scale_GF[:, None, None]).flatten(-2).to(x_GMI.dtype)
         else:
             added = torch.bmm(x_GMI, p.cast("weight", x_GMI).mT)
         return added + p.cast("bias", x_GMI).unsqueeze(1) if "bias" in p.tensors else added

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from orchestrator.config.method import Lora
 from orchestrator.errors import MethodError
 from orchestrator.methods.method import Hook, Method, Params, Scope, Shape
-from orchestrator.methods.targets import match, rematch
+from orchestrator.methods.targets import match, rematch, shortest
 
 A, B = "lora_A.weight", "lora_B.weight"
 # peft options that change the function and that this method does not have.
@@ -141,8 +141,7 @@ class LoRA(Method):
 
     def to_peft(self, knobs: Lora, sites: Sequence[str], scope: Scope) -> dict[str, Any]:
         """peft's ``LoraConfig``; a ``pissa`` start is a plain LoRA of twice the rank."""
-        short = sorted({s.rsplit(".", 1)[-1] for s in sites})
-        whole = [s for s in scope.linears if s.rsplit(".", 1)[-1] in short]
+        targets = shortest(sites, scope.modules)
         twice = 2 if knobs.start == "pissa" else 1
         rank, alpha = knobs.rank * twice, _alpha(knobs.alpha, knobs, twice)
         ranks = {s: _rank(knobs, s) * twice for s in sites}
@@ -158,7 +157,7 @@ class LoRA(Method):
             "use_dora": knobs.dora,
             "rank_pattern": {f"{scope.prefix}{s}": r for s, r in ranks.items() if r != rank},
             "alpha_pattern": {f"{scope.prefix}{s}": a for s, a in alphas.items() if a != alpha},
-            "target_modules": short if whole == list(sites) else [f"{scope.prefix}{s}" for s in sites],
+            "target_modules": [s if "." not in s else f"{scope.prefix}{s}" for s in targets],
             "fan_in_fan_out": bool(sites) and all(s in scope.transposed for s in sites),
             "bias": "none",
         }

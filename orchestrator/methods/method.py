@@ -171,10 +171,23 @@ class Method(ABC):
         """The tensors at another size, the function kept where the new size can hold it."""
         raise MethodError(f"a slot of {self.name} keeps its size; remove it and add another")
 
+    def importance_samples(self, knobs: Any) -> int:
+        """Training samples on which ``Scope.importance`` is to be measured before ``start``; 0 for none."""
+        return 0
+
     def rechosen(
-        self, knobs: Any, step: int, tensors: Mapping[str, Tensor], site: str, generator: torch.Generator
+        self,
+        knobs: Any,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        site: str,
+        scope: Scope,
+        generator: torch.Generator,
     ) -> dict[str, Tensor] | None:
-        """After ``step`` steps: the site's tensors with another choice of weights; None to leave them."""
+        """After ``step`` steps: the site's tensors with another choice of weights; None to leave them.
+
+        Beside the tensors, ``kept``: which entries of a trained one stayed, in the new order.
+        """
         return None
 
     def to_peft(self, knobs: Any, sites: Sequence[str], scope: Scope) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class Group:
             y_NF = y_NF.index_select(0, self.back_N)
         if self.owned_N1 is not None:
             y_NF = torch.where(self.owned_N1, y_NF, 0)  # not a product: 0 * NaN is NaN
-        return y_NF.view(like.shape)
+        return y_NF.reshape(like.shape)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from orchestrator.base.attention import NAME
 from orchestrator.base.encoder import positional_linears
 from orchestrator.base.linear import dense_parameters, is_transposed, linear_shape, linear_sites
 from orchestrator.base.model import decoder_layers, text_config
+from orchestrator.base.norm import is_norm, norm_features, takes_off_mean
 from orchestrator.errors import MethodError
 
 _ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
@@ -35,6 +36,10 @@ def _no_weights(site: str) -> dict[str, Tensor]:
     raise MethodError(f"the weights of {site} are not at hand")
 
 
+def _not_measured(site: str) -> Tensor:
+    raise MethodError(f"how much each weight of {site} matters was not measured: a training run does that at its start")
+
+
 def _no_tokens(text: str) -> list[int]:
     raise MethodError("no tokenizer is at hand to read a text with")
 
@@ -51,6 +56,8 @@ class Scope:
     """Linears and normalization layers that have a bias."""
     norms: dict[str, int]
     """Every normalization layer: name -> features."""
+    takes_off_mean: dict[str, bool]
+    """Those that are LayerNorm (True) or RMSNorm (False); others are neither."""
     embeddings: dict[str, tuple[int, int]]
     """Every embedding: name -> (V, H)."""
     words: str
@@ -86,6 +93,8 @@ class Scope:
     is sharded, every rank must ask."""
     source: Callable[[str], Tensor] = field(default=_no_weights, compare=False, repr=False)  # type: ignore[assignment]
     """A linear's weight [O, I] as it was before quantization, fp32, on the CPU."""
+    importance: Callable[[str], Tensor] = field(default=_not_measured, compare=False, repr=False)
+    """How much each of a linear's weights [O, I] matters to the training data, fp32, on the CPU."""
     encode: Callable[[str], list[int]] = field(default=_no_tokens, compare=False, repr=False)
     """Token ids of a text, without special tokens."""
 
@@ -102,7 +111,8 @@ class Scope:
         name, layers = decoder_layers(model)
         linears = dict(linear_sites(layers, name))
         modules = dict(model.named_modules())
-        norms = {n: m for n, m in modules.items() if _is_norm(m)}
+        norms = {n: m for n, m in modules.items() if is_norm(m)}
+        kinds = {n: kind for n, m in norms.items() if (kind := takes_off_mean(m)) is not None}
         embeddings = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding)}
         named: Any = model
         words = next(n for n, m in embeddings.items() if m is named.get_input_embeddings())
@@ -111,7 +121,8 @@ class Scope:
             linears={site: linear_shape(module) for site, module in linears.items()},
             transposed=frozenset(s for s, m in linears.items() if is_transposed(m)),
             biased=frozenset(n for n, m in {**linears, **norms}.items() if getattr(m, "bias", None) is not None),
-            norms={n: _features(m) for n, m in norms.items()},
+            norms={n: norm_features(m) for n, m in norms.items()},
+            takes_off_mean=kinds,
             embeddings={n: (m.num_embeddings, m.embedding_dim) for n, m in embeddings.items()},
             words=words,
             head=next((n for n, m in modules.items() if m is out), None) if out is not None else None,
@@ -140,16 +151,6 @@ class Scope:
         """Number of the layer that a module is in; None outside the layers."""
         head, _, rest = site.partition(f"{self.layers}.")
         return int(rest.split(".")[0]) if not head and rest else None
-
-
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter) and not list(module.children())
-
-
-def _features(module: Any) -> int:
-    """Features that a normalization layer scales, whether or not its weight is here."""
-    return int(getattr(module.weight, "ds_numel", module.weight.numel()))
 
 
 def _embed_scale(words: Any) -> float:

@@ -32,6 +32,10 @@ class Part:
         """Sites with tensors of their own."""
         return [s for s in self.sites if s not in self.shared]
 
+    def key(self, site: str) -> str:
+        """What it is known by at a site; slots may differ in where they hook in."""
+        return f"{self.method.name}.{self.sites[site]}"
+
     def shapes(self, scope: Scope) -> dict[str, Shape]:
         """``<site>.<name>`` -> shape of its tensors."""
         return {

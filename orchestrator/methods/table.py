@@ -5,25 +5,33 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.config import Classification, Knobs
+from orchestrator.methods.bitfit import BitFit
 from orchestrator.methods.bottleneck import Bottleneck
 from orchestrator.methods.full import Full
 from orchestrator.methods.head import Head
+from orchestrator.methods.ia3 import IA3
 from orchestrator.methods.last_layers import LastLayers
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
+from orchestrator.methods.norms import Norms
 from orchestrator.methods.passthrough import Passthrough
 from orchestrator.methods.prefix import Prefix
 from orchestrator.methods.prompt import Prompt
 from orchestrator.methods.scope import Scope
+from orchestrator.methods.sparse import Sparse
 
 METHODS: dict[str, Method] = {
+    "bitfit": BitFit(),
     "bottleneck": Bottleneck(),
     "full": Full(),
+    "ia3": IA3(),
     "last_layers": LastLayers(),
     "lora": LoRA(),
+    "norms": Norms(),
     "peft": Passthrough(),
     "prefix": Prefix(),
     "prompt": Prompt(),
+    "sparse": Sparse(),
 }
 HEAD_MODULES = ("score", "classifier")
 """What transformers' sequence classifiers call their heads, which peft saves whole beside the method."""

@@ -51,7 +51,7 @@ class Wiring:
     def __init__(self, model: nn.Module, scope: Scope, device: torch.device) -> None:
         self.model, self.scope, self.device = model, scope, device
         self.sites: dict[str, dict[str, Site]] = {}
-        """Module name -> method name -> what is there."""
+        """Module name -> method and hook -> what is there."""
         self.route: Route | None = None
         self._handles: dict[tuple[str, Hook], list[Any]] = {}
         self._block_input: dict[str, Tensor] = {}

@@ -47,9 +47,11 @@ class Engine:
         self._deepspeed.zero.Init(module=module, config_dict_or_path=self.config, dtype=self.dtype)
 
     def start(self, model: Any) -> Any:
-        """The model to call, with DeepSpeed's gathering hooks where it is sharded."""
+        """The model to call, with DeepSpeed's gathering hooks where it is sharded; the same one when called again."""
         if self.stage != 3:
             return model
+        if self._engine is not None:
+            return self._engine.module
         _, layers = decoder_layers(model)
         self._deepspeed.utils.set_z3_leaf_modules(model, sorted({type(m) for m in layers}, key=str))
         self._engine, *_ = self._deepspeed.initialize(model=model, config=self.config)
@@ -109,7 +111,8 @@ class Engine:
     def broadcast(self, values: Sequence[Tensor], rank: int) -> None:
         """Copy the values from one rank to every other."""
         if self.ranks > 1:
-            _flat(list(values), lambda flat: dist.broadcast(flat, rank))
+            for dtype in dict.fromkeys(v.dtype for v in values):  # a float could not hold every index
+                _flat([v for v in values if v.dtype == dtype], lambda flat: dist.broadcast(flat, rank))
 
     def most(self, code: int) -> int:
         """The largest of the ranks' codes."""

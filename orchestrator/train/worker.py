@@ -21,6 +21,7 @@ from orchestrator.methods import Bank, Scope, from_files, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.engine import Engine, least
+from orchestrator.train.fisher import fisher
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
 from orchestrator.train.probe import probe, probe_classifier
@@ -32,6 +33,7 @@ from orchestrator.train.writer import DeltaWriter
 from orchestrator.train.zero import choose_stage, held_bytes
 
 T = TypeVar("T")
+Measure = Callable[[list[str], int], dict[str, torch.Tensor]]
 SLOT = 0
 
 
@@ -94,10 +96,14 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         source=base.source,
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
     )
-    knobs = fill_slot(bank, run, data.task, restored, parent)
-    engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     classifies = isinstance(data.task, Classification)
     model = engine.start(bare(base.model) if classifies else base.model)
+
+    def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
+        return fisher(model, engine, plain_loss, data.train, sites=sites, scope=bank.scope, count=count)
+
+    knobs = fill_slot(bank, run, data.task, restored, parent, measure)
+    engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     if run.train.recompute:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -152,15 +158,27 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         engine.close()
 
 
-def fill_slot(bank: Bank, run: Run, task: Task, restored: Restored | None, parent: Delta | None) -> Any:
+def fill_slot(
+    bank: Bank,
+    run: Run,
+    task: Task,
+    restored: Restored | None,
+    parent: Delta | None,
+    measure: Measure | None = None,
+) -> Any:
     """Start values, a checkpoint's, or another delta's; returns the knobs in force.
+
+    ``measure`` says how much each weight of some sites matters to so many training samples.
 
     Raises:
         MethodError: the delta to continue from has another method or size than the run asks for.
     """
     delta = restored.delta if restored else parent
     if delta is None:
-        bank.add(SLOT, run.method, seed=run.train.seed, task=task)
+        method = method_of(run.method)
+        count = method.importance_samples(run.method)
+        importance = measure(list(method.sites(run.method, bank.scope)), count) if measure and count else None
+        bank.add(SLOT, run.method, seed=run.train.seed, task=task, importance=importance)
         return bank.knobs(SLOT)
     knobs = knobs_of(delta)
     if not restored:
