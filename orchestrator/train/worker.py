@@ -93,6 +93,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         base_id=run.base.id,
         source=base.source,
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        fuse=place.device.type == "cuda",
     )
     knobs = fill_slot(bank, run, data.task, restored, parent)
     engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
