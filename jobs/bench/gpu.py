@@ -104,15 +104,15 @@ def _write(args: argparse.Namespace, values: dict[str, Any]) -> None:
     (args.scratch / "result.json").write_text(json.dumps(values))
 
 
-def _base(args: argparse.Namespace) -> Path:
+def base_folder(shape: str, scratch: Path) -> Path:
     """A model directory without weights: config and a tokenizer."""
     from transformers import LlamaConfig
 
     from orchestrator.base.files import DEMO
 
-    folder: Path = args.scratch / "base"
+    folder = scratch / "base"
     if not folder.is_dir():
-        LlamaConfig(**SHAPES[args.shape], pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
+        LlamaConfig(**SHAPES[shape], pad_token_id=0, bos_token_id=1, eos_token_id=2).save_pretrained(folder)
         for path in DEMO.glob("*token*"):
             shutil.copy(path, folder)
     return folder
@@ -123,7 +123,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     from orchestrator.config.load import load_run
     from orchestrator.launch.train import train
 
-    folder = _base(args)
+    folder = base_folder(args.shape, args.scratch)
     data = args.scratch / "data.jsonl"
     line = json.dumps({"text": "many tuned adapters on one frozen base " * (args.length // 4)})
     data.write_text("\n".join([line] * max(64, args.rows)))
@@ -170,7 +170,7 @@ def theirs(args: argparse.Namespace) -> dict[str, Any]:
     cuda = args.device == "cuda"
     dtype = torch.bfloat16 if cuda else torch.float32
     torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(_base(args))
+    config = AutoConfig.from_pretrained(base_folder(args.shape, args.scratch))
     with torch.device(args.device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     for layer in model.model.layers:

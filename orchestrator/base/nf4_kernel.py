@@ -19,7 +19,7 @@ _BLOCK = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _kernel(  # type: ignore[no-untyped-def]
+def _dense_weight_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     packed_ptr,
     code_ptr,
@@ -92,7 +92,7 @@ def dense_with(
     a_RI, b_OR = added.a_RI.contiguous(), added.b_OR.contiguous()
     (outs, rank), ins = b_OR.shape, a_RI.shape[1]
     out_OI = torch.empty(outs, ins, dtype=dtype, device=packed.device)
-    _kernel[triton.cdiv(outs, rows), triton.cdiv(ins // _BLOCK, tiles)](
+    _dense_weight_kernel[triton.cdiv(outs, rows), triton.cdiv(ins // _BLOCK, tiles)](
         out_OI,
         packed,
         state.code,
