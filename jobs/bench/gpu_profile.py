@@ -116,7 +116,17 @@ WAYS: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
 # ---- one way at one size
 
 
-def _parts(model: Any, device: torch.device, size: Size, fuse: bool) -> tuple[Bank, Stepper, Trial]:
+def set_recompute(model: Any, on: bool) -> None:
+    """As a run does, or back."""
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+    model.train(on)
+
+
+def parts_of(model: Any, device: torch.device, size: Size, fuse: bool) -> tuple[Bank, Stepper, Trial]:
+    """What trains a LoRA of rank 16 on a loaded base."""
     bank = Bank(model, device=device, fuse=fuse)
     bank.add(0, Lora())
     engine = Engine(Zero(), stage=0, device=device, dtype=torch.bfloat16, rows_per_pass=size.rows)
@@ -124,7 +134,8 @@ def _parts(model: Any, device: torch.device, size: Size, fuse: bool) -> tuple[Ba
     return bank, stepper, Trial(bank, engine, 0, Train(lr=1e-4, steps=1000), 1000)
 
 
-def _samples(size: Size, vocabulary: int) -> list[Sample]:
+def samples_of(size: Size, vocabulary: int) -> list[Sample]:
+    """Random tokens, all of them targets."""
     generator = torch.Generator().manual_seed(0)
     pieces = 4 if size.packed else 1
     tokens = torch.randint(3, vocabulary, (size.rows * pieces, size.length // pieces), generator=generator)
@@ -139,12 +150,9 @@ def _sync(device: torch.device) -> None:
 def measure(model: Any, device: torch.device, size: Size, way: str, steps: int, profiled: bool) -> dict[str, Any]:
     """Times, memory, losses of one way; the table of kernels where asked for."""
     fuse, patch = WAYS[way]
-    (model.gradient_checkpointing_enable if size.recompute else model.gradient_checkpointing_disable)(
-        **({"gradient_checkpointing_kwargs": {"use_reentrant": False}} if size.recompute else {})
-    )
-    model.train(size.recompute)
-    bank, stepper, trial = _parts(model, device, size, fuse)
-    samples = _samples(size, model.config.vocab_size)
+    set_recompute(model, size.recompute)
+    bank, stepper, trial = parts_of(model, device, size, fuse)
+    samples = samples_of(size, model.config.vocab_size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
