@@ -182,7 +182,7 @@ def _profile(step: Callable[[], None], plain_s: float, steps: int = 2) -> str:
     """Kernels by class, per step."""
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(steps):
             step()
     kernels: dict[str, list[float]] = {}
