@@ -49,6 +49,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "yaml": ("orchestrator/config/*",),
     "datasets": ("orchestrator/data/*",),
     "bitsandbytes": ("orchestrator/base/*",),
+    "triton": ("orchestrator/base/*",),
     "transformers": (
         "orchestrator/base/*",
         "orchestrator/methods/*",

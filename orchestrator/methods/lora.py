@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.base.low_rank import LowRank
 from orchestrator.config.method import Lora
 from orchestrator.errors import MethodError
 from orchestrator.methods.method import Hook, Method, Params, Scope, Shape
@@ -122,6 +123,10 @@ class LoRA(Method):
     ) -> dict[str, Tensor] | None:
         """``s B A``."""
         return {"weight": (tensors[B].float() @ tensors[A].float()) * _scale(knobs, site)}
+
+    def low_rank(self, knobs: Lora, site: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+        """``s B A``."""
+        return LowRank(tensors[A], tensors[B], _scale(knobs, site))
 
     def resized(
         self, old: Lora, new: Lora, tensors: Mapping[str, Tensor], site: str, scope: Scope, generator: torch.Generator

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from orchestrator.base.low_rank import LowRank
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.drop import Drop
@@ -164,6 +165,10 @@ class Method(ABC):
 
         ``base`` holds the site's own parameters, fp32. A bias that ``base`` has not is one that the site lacks.
         """
+
+    def low_rank(self, knobs: Any, site: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+        """The parts of a weight change ``s B A``, for a slot that has all tokens; None where it is no such change."""
+        return None
 
     def resized(
         self, old: Any, new: Any, tensors: Mapping[str, Tensor], site: str, scope: Scope, generator: torch.Generator

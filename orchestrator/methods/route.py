@@ -27,6 +27,11 @@ class Group:
     count: int
     """N."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether all tokens are one slot's."""
+        return len(self.slots) == 1 and self.index_K is None and self.owned_N1 is None
+
     def pick(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [G, M, F]. A short group is filled up with tokens of its own slot."""
         x_NF = x.reshape(self.count, -1)

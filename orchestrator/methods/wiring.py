@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.base.attention import Prefix, forget_prefix, set_prefix
+from orchestrator.base.linear import NF4Linear
+from orchestrator.base.low_rank import LowRank
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.drop import Drop, mix
@@ -48,13 +50,15 @@ class Site:
 class Wiring:
     """Hooks on the base, and what they do in a routed pass."""
 
-    def __init__(self, model: nn.Module, scope: Scope, device: torch.device) -> None:
-        self.model, self.scope, self.device = model, scope, device
+    def __init__(self, model: nn.Module, scope: Scope, device: torch.device, fuse: bool) -> None:
+        self.model, self.scope, self.device, self.fuse = model, scope, device, fuse
         self.sites: dict[str, dict[str, Site]] = {}
         """Module name -> method and hook -> what is there."""
         self.route: Route | None = None
         self._handles: dict[tuple[str, Hook], list[Any]] = {}
         self._block_input: dict[str, Tensor] = {}
+        self._added: set[str] = set()
+        """Linears whose change is in their weight, in the call that is under way."""
         self._cache: dict[tuple[Any, ...], Tensor] = {}
 
     def attach(self, site: str, hook: Hook) -> None:
@@ -89,8 +93,8 @@ class Wiring:
         """The frozen module at a site; a head of a slot's own stands on none."""
         return self.model.get_submodule(site) if site in self.scope.modules else self.model
 
-    def active(self, site: str, hook: Hook, x: Tensor | None = None) -> Iterator[tuple[Site, Group, Params]]:
-        """The methods at a site that have tokens in this pass, with those tokens and their tensors.
+    def present(self, site: str, hook: Hook, x: Tensor | None = None) -> Iterator[tuple[Site, Group, Route]]:
+        """The methods at a site that have tokens in this pass, with those tokens.
 
         Raises:
             MethodError: ``x`` is not the pass's tokens but what all rows share, and these are of several slots.
@@ -103,7 +107,12 @@ class Wiring:
         for here in self.sites[site].values():
             group = route.group(list(here.knobs)) if here.hook == hook else None
             if group is not None:
-                yield here, group, self.params(here, group, route)
+                yield here, group, route
+
+    def active(self, site: str, hook: Hook, x: Tensor | None = None) -> Iterator[tuple[Site, Group, Params]]:
+        """The same, with their tensors."""
+        for here, group, route in self.present(site, hook, x):
+            yield here, group, self.params(here, group, route)
 
     def classify(self, h_PH: Tensor, slot_P: Tensor, sample_P: Tensor | None) -> Tensor:
         """See ``Bank.classify``."""
@@ -145,6 +154,13 @@ class Wiring:
                 module.register_forward_pre_hook(lambda attention, _: self._put_prefix(site, attention)),
                 module.register_forward_hook(lambda attention, *_: self._see_prefix_used(site, attention)),
             ]
+        if hook == "output" and self.fuse and isinstance(module, NF4Linear):
+            return [
+                module.register_forward_pre_hook(lambda linear, args: self._add_into(site, linear, args[0])),
+                module.register_forward_hook(
+                    lambda _, args, out: None if site in self._added else self._after(site, hook, args, out)
+                ),
+            ]
         handles = [module.register_forward_hook(lambda _, args, out: self._after(site, hook, args, out))]
         if hook == "sublayer":
             first = self.model.get_submodule(self.scope.sublayers[site].first)
@@ -184,6 +200,24 @@ class Wiring:
                 added = here.method.embed(group.pick(y), position_GM, p)
             y = y + group.put(added, y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
+
+    def _add_into(self, site: str, linear: NF4Linear, x: Tensor) -> None:
+        linear.added = self._addable(site, linear, x)
+        (self._added.discard if linear.added is None else self._added.add)(site)
+
+    def _addable(self, site: str, linear: NF4Linear, x: Tensor) -> LowRank | None:
+        """What the one slot of this pass adds to the weight, where that is all that happens at the site."""
+        for here, group, route in self.present(site, "output", x):
+            if not group.alone:
+                return None
+            slot = group.slots[0]  # it has all tokens, so no other method is at work here
+            knobs, row = here.knobs[slot], list(here.knobs).index(slot)
+            if route.training and here.method.dropout(knobs):
+                return None
+            tensors = {n: _row(stack.leaf, row) for n, stack in here.stacks.items() if stack.leaf is not None}
+            added = here.method.low_rank(knobs, site, tensors)
+            return added if added is not None and linear.takes(added) else None
+        return None
 
     def _put_prefix(self, site: str, attention: nn.Module) -> None:
         forget_prefix(attention)  # of a pass that failed
@@ -245,6 +279,11 @@ class Wiring:
         seed_G1 = torch.tensor(seeds, device=self.device).unsqueeze(1)
         key_GM = mix((sample_GM * (1 << 20) + self._positions(group, route)) ^ seed_G1)
         return Drop(torch.tensor(rates, device=self.device), key_GM)
+
+
+def _row(leaf: Tensor, row: int) -> Tensor:
+    """A slot's tensor; the gradient of a view needs no kernel, that of a selection does."""
+    return leaf.squeeze(0) if len(leaf) == 1 else leaf[row]
 
 
 def hash_ints(*values: int) -> int:

@@ -95,6 +95,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         base_id=run.base.id,
         source=base.source,
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        fuse=place.device.type == "cuda",
     )
     classifies = isinstance(data.task, Classification)
     model = engine.start(bare(base.model) if classifies else base.model)
