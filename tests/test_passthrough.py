@@ -88,7 +88,7 @@ REFUSED = {
 def run_of(folder: Path, kind: str, options: dict[str, Any], *more: str) -> Run:
     records = folder / "records.jsonl"
     if not (folder / "config.json").exists():
-        tiny.save(folder)
+        tiny.save(folder, attention_bias=kind == "LORA")
         lines = [{"prompt": f"the cat {n} sat", "completion": f" on the {'mat ' * (n % 4 + 1)}{n}"} for n in range(12)]
         records.write_text("".join(json.dumps(line) + "\n" for line in lines))
     method = json.dumps({"peft": {"type": kind, **options}})
@@ -144,6 +144,10 @@ def in_peft(run: Run, delta: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(base, delta).eval())
 
 
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
 def trains(kind: str, options: dict[str, Any], folder: Path) -> None:
     run = run_of(folder / "base", kind, options)
     reporter = train_here(run, folder / "out")
@@ -155,6 +159,14 @@ def trains(kind: str, options: dict[str, Any], folder: Path) -> None:
     saved = in_peft(run, delta)
     if near == 1e-4:
         torch.testing.assert_close(saved, logits(theirs), rtol=1e-3, atol=1e-3)
+    # The folder is peft's own.
+    theirs.save_pretrained(folder / "theirs")
+    assert {n: t.shape for n, t in weights(delta).items()} == {
+        n: t.shape for n, t in weights(folder / "theirs").items()
+    }
+    ours, wanted = (json.loads((f / "adapter_config.json").read_text()) for f in (delta, folder / "theirs"))
+    different = {key for key in wanted if _sorted(ours[key]) != _sorted(wanted[key])}
+    assert different <= {"task_type", "base_model_name_or_path", "auto_mapping"}
     # A fresh base with what was saved is the same model; without it, the base.
     base = load_base(run.base).model
     plain = logits(base)
@@ -176,13 +188,16 @@ def trains(kind: str, options: dict[str, Any], folder: Path) -> None:
     assert (saved - plain).abs().max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # BOFT's, where there is none to load
 @pytest.mark.parametrize("kind", RUN)
 def test_a_type_trains_as_in_peft(kind: str, tmp_path: Path) -> None:
     trains(kind, RUN[kind], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # FROD's
+@pytest.mark.filterwarnings(
+    "ignore:Sparse invariant checks", "ignore:Detected that the base layer has no bias", "ignore:Unsupported layer type"
+)  # peft's own
 @pytest.mark.parametrize("kind", MORE)
 def test_more_types_train_as_in_peft(kind: str, tmp_path: Path) -> None:
     trains(kind, MORE[kind], tmp_path)
