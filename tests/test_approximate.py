@@ -19,6 +19,7 @@ from orchestrator.errors import DeltaError, MethodError, WrongBaseError
 from orchestrator.methods import METHODS, Bank, to_files
 from orchestrator.methods.lora import LoRA
 from tests import tiny
+from tests.methods_kit import CASES, NO_WEIGHT_CHANGE
 
 TOKENS_BT = torch.randint(3, tiny.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 
@@ -27,12 +28,13 @@ def trained(folder: Path, knobs: Any, out: Path) -> tuple[Delta, Tensor]:
     """A delta of random values on the dense base, and the logits that it makes there."""
     base = Base(id=str(folder), quantize="none")
     model = load_base(base).model
-    bank = Bank(model, base_id=str(folder))
+    bank = Bank(model, base_id=str(folder), encode=tiny.tokenizer().encode)
     bank.add(0, knobs, seed=1)
     generator = torch.Generator().manual_seed(0)
     for parameter in bank.parameters(0).values():
         parameter.data += torch.randn(parameter.shape, generator=generator) * 0.2
-    with bank.routed(torch.zeros_like(TOKENS_BT)), torch.no_grad():
+    position_BT = torch.arange(TOKENS_BT.shape[1]).expand(TOKENS_BT.shape)
+    with bank.routed(torch.zeros_like(TOKENS_BT), position_BT=position_BT), torch.no_grad():
         logits = model(input_ids=TOKENS_BT, use_cache=False).logits
     files, config = to_files(knobs, CausalLM(), bank.tensors(0), bank.sites(0), bank.scope)
     manifest = {"name": "one", "base": source_identity(base), "method": knobs}
@@ -115,6 +117,23 @@ def test_dense_changes_are_cut_to_the_rank(arch: str, tmp_path: Path) -> None:
         {"ln_1", "ln_2", "ln_f"} if arch == "gpt2" else {"input_layernorm", "post_attention_layernorm", "norm"}
     )
     assert any(name.endswith(".bias") for name in found.left_out) == (arch == "gpt2")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_method_is_cut_to_a_lora_or_refused(case: str, tmp_path: Path) -> None:
+    folder = tiny.save(tmp_path / "base")
+    delta, _ = trained(folder, CASES[case], tmp_path / "delta")
+    refused = dict.fromkeys(NO_WEIGHT_CHANGE, "is no change of weights")
+    refused |= dict.fromkeys(("bitfit", "norms"), "changes no linear layer's weight")
+    if case in refused:
+        with pytest.raises(MethodError, match=refused[case]):
+            approximated(delta, folder, tmp_path / "lora", rank=64)
+        return
+    found = approximated(delta, folder, tmp_path / "lora", rank=64)
+    assert found.total < 1e-5  # no layer of the tiny base has a higher rank
+    merged = approximated(load_delta(tmp_path / "lora"), folder, tmp_path / "again", rank=64)
+    assert merged.total < 1e-5
+    assert merged.errors.keys() == found.errors.keys()
 
 
 class Biased(LoRA):

@@ -188,7 +188,7 @@ def trains(kind: str, options: dict[str, Any], folder: Path) -> None:
     assert (saved - plain).abs().max() > 1e-3
 
 
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # BOFT's, where there is none to load
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly")  # BOFT's
 @pytest.mark.parametrize("kind", RUN)
 def test_a_type_trains_as_in_peft(kind: str, tmp_path: Path) -> None:
     trains(kind, RUN[kind], tmp_path)
