@@ -28,6 +28,7 @@ from tests.method_kit import (
     reloaded,
     saved,
 )
+from tests.ranks import run_ranks
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type"),  # peft says so of transformers' RMSNorm
@@ -343,3 +344,14 @@ def test_training_lowers_the_loss_and_resumes_with_the_same_bits(
     assert second.latest is not None
     assert_same_bits(weights(whole.latest / "delta" / "delta"), weights(second.latest / "delta" / "delta"))
     assert json.loads((whole.latest / "delta" / "delta" / "manta.json").read_text())["method"]["type"] == method
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["bitfit", "norms", "ia3"])
+def test_two_ranks_that_share_a_base_train_as_one(method: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    overrides = [f"base={bases['qwen3']}", "base.quantize=nf4", f"method={method}", "train.lr=0.02", "train.steps=3"]
+    alone = train_here(small(*overrides), tmp_path / "alone")
+    sharded = [*overrides, "shard=3", "cluster.zero.persistence_threshold=10"]
+    for report in run_ranks("tests.work_script", 2, tmp_path / "ranks", overrides=sharded):
+        losses = torch.tensor(alone.of("step", "loss"))
+        torch.testing.assert_close(torch.tensor(report["losses"]), losses, rtol=1e-4, atol=1e-5)
