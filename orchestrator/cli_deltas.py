@@ -45,7 +45,10 @@ def _record(version: "Version") -> dict[str, Any]:
 
 
 def _table(versions: list["Version"]) -> Table:
-    table = Table("delta", "aliases", "method", "base", "metrics", "owner", "created")
+    table = Table()
+    table.add_column("delta", no_wrap=True)  # what every other command takes
+    for title in ("aliases", "method", "base", "metrics", "owner", "created"):
+        table.add_column(title, overflow="fold")
     for v in versions:
         metrics = ", ".join(f"{key} {value:.4g}" for key, value in sorted(v.metrics.items())[:4])
         method = v.tags.get("manta.method") or v.tags.get("manta.peft_type", "").lower()
@@ -144,14 +147,20 @@ def export(
     ref: Annotated[str, typer.Argument(help="name, name:7, name@alias, or a delta's folder")],
     peft: Annotated[Path | None, typer.Option(help="New folder for a plain peft delta.")] = None,
     merged: Annotated[Path | None, typer.Option(help="New folder for a dense model with the delta in it.")] = None,
-    base: Annotated[str | None, typer.Option(help="Dense base to merge into: hub name or folder.")] = None,
+    lora: Annotated[Path | None, typer.Option(help="New folder for the LoRA that is nearest to the delta.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of that LoRA; default: 16.", min=1, max=4096)] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Dense base that --merged and --lora need: hub name or folder.")
+    ] = None,
     uri: Uri = None,
 ) -> None:
-    """Write a delta out: as a plain peft folder, or merged into a dense base."""
-    if (peft is None) == (merged is None):
-        raise ConfigError("name one of --peft DIR and --merged DIR")
-    if (merged is None) != (base is None):
-        raise ConfigError("--merged DIR and --base ID go together: a merge is into a dense base that is named")
+    """Write a delta out: as a plain peft folder, merged into a dense base, or as the LoRA that is nearest to it."""
+    if sum(folder is not None for folder in (peft, merged, lora)) != 1:
+        raise ConfigError("name one of --peft DIR, --merged DIR and --lora DIR")
+    if (peft is None) != (base is not None):
+        raise ConfigError("--merged DIR or --lora DIR and --base ID, a dense base, go together")
+    if rank is not None and lora is None:
+        raise ConfigError("--rank is that of --lora DIR; give both or neither")
     folder = Path(ref) if (Path(ref) / CONFIG).is_file() else _registry(uri).fetch(ref)
     delta = load_delta(folder)
     if peft is not None:
@@ -168,6 +177,18 @@ def export(
         for warning in merge(delta, base, merged):
             _say(f"warning: {warning}")
         _say(f"{ref} merged into {base} is in {merged}")
+    if lora is not None and base is not None:
+        from orchestrator.approximate import approximated  # here, since it loads torch
+
+        found = approximated(delta, base, lora, rank=rank or 16)
+        for warning in found.warnings:
+            _say(f"warning: {warning}")
+        if found.left_out:
+            _say(f"warning: left out, since no LoRA can have them: {', '.join(found.left_out)}")
+        _say(
+            f"{ref} as a LoRA of rank {rank or 16} is in {lora}; relative error of a layer's change: worst "
+            f"{found.worst[1]:.3g} ({found.worst[0]}), mean {found.mean:.3g}; of all of them {found.total:.3g}"
+        )
 
 
 @app.command()

@@ -18,7 +18,7 @@ from orchestrator.base.encoder import pooler
 from orchestrator.base.load import empty_model
 from orchestrator.base.memory import host_memory
 from orchestrator.base.model import count_weights
-from orchestrator.config import Classification, Method, Run, Task, home
+from orchestrator.config import CausalLM, Classification, Method, Run, Task, home
 from orchestrator.config.data import Source
 from orchestrator.data import Prepared, Report, Sample, deal, pack
 from orchestrator.delta import Delta, load_delta, redact
@@ -64,7 +64,7 @@ def preview(run: Run, *, address: str | None = None, console: Console | None = N
     ahead = data.train.take(max(run.train.batch_size, SHOWN if size is None else min(size, LOOKED_AT)))
     _print(console, "Run", _settings(run, data, sizes.method))
     print_samples(console, tokenizer, ahead[: SHOWN if size is None else min(size, SHOWN)], data.task)
-    _print(console, "Data", _counts(run, data, ahead, tokenizer.pad_token_id))
+    _print(console, "Data", _counts(run, data, ahead, tokenizer.pad_token_id, sizes.method))
     _print(console, "Parameters", _parameters(run, sizes))
     _print(console, "Launch", _launch(run, place, sizes))
 
@@ -122,7 +122,7 @@ def _named(sources: Iterable[Source]) -> str:
 # ---- counts
 
 
-def _counts(run: Run, data: Prepared, ahead: list[Sample], pad_id: int) -> Iterator[Fact]:
+def _counts(run: Run, data: Prepared, ahead: list[Sample], pad_id: int, knobs: Method) -> Iterator[Fact]:
     report, size = data.report, data.train.size
     so_far = "" if size is not None else f" among the first {report.records:,} records of the stream"
     yield "samples", f"{report.samples:,}{so_far}"
@@ -141,7 +141,7 @@ def _counts(run: Run, data: Prepared, ahead: list[Sample], pad_id: int) -> Itera
         for s in report.sources:
             passes = f", {s['passes']:.3g} times each in an epoch" if "passes" in s else ""
             yield "source", f"{s['share']:.1%} {redact(s['path'])}{passes}"
-    yield "per step", _packed(run, ahead, pad_id)
+    yield "per step", _packed(run, ahead, pad_id, knobs)
     if (held := report.eval) is None:
         yield "eval", "none: the last delta is kept, not the best"
     else:
@@ -159,21 +159,24 @@ def _tokens(report: Report, task: Task) -> str:
     return f"{report.tokens:,}, {report.trained_tokens:,} of them trained ({share:.1%})"
 
 
-def _packed(run: Run, ahead: list[Sample], pad_id: int) -> str:
+def _packed(run: Run, ahead: list[Sample], pad_id: int, knobs: Method) -> str:
     """Rows and passes of a step, and what share of the positions holds tokens: a mean over the first steps."""
+    method = method_of(knobs)
+    leads = {0: (method.virtual_tokens(knobs), method.prefix_length(knobs))}
     batch, ranks, per_pass = run.train.batch_size, run.cluster.workers.min, run.train.rows_per_pass
     steps = [ahead[i : i + batch] for i in range(0, min(len(ahead), 8 * batch), batch)]
     steps = [s for s in steps if len(s) == batch] or steps
-    rows = passes = positions = 0
+    rows = passes = positions = tokens = 0
     for samples in steps:
-        packed = pack({0: samples}, length=run.data.length, packing=run.data.packing)
+        packed = pack({0: samples}, length=run.data.length, packing=run.data.packing, leads=leads)
         rows += len(packed)
+        tokens += sum(row.size for row in packed)
         for rank in range(ranks):
             mine = deal(packed, rank=rank, ranks=ranks, rows_per_pass=per_pass, pad_id=pad_id)
             passes += len(mine) if rank == 0 else 0
             positions += sum(b.tokens_BT.numel() for b in mine)
-    fill = sum(len(s.tokens) for samples in steps for s in samples) / positions
     count = f"{rows / len(steps):.3g} {'packed rows' if run.data.packing else 'rows of one sample'}"
+    fill = tokens / positions
     return f"{count}, {fill:.0%} full; passes of each worker: {passes / len(steps):.3g}, of up to {per_pass} rows"
 
 
@@ -212,21 +215,26 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
     model = empty_model(run.base, dtype, encoder=uses_encoder(run))
     if isinstance(run.task, Classification) and run.task.pooling == "pooler":
         pooler(model)  # has it one?
-    scope = Scope.of(model, run.base.id)
-    knobs: Method = run.method
-    if (parent := _parent(run)) is not None:
-        knobs = fill_slot(Bank(model, base_id=run.base.id), run, task_of(parent), None, parent)
-    sites = method_of(knobs).sites(knobs, scope)
     base, layers = count_weights(model)
+    bank = Bank(model, base_id=run.base.id)
+    knobs: Method = run.method
+    parent = _parent(run)
+    if parent is not None or not method_of(knobs).mixes:
+        knobs = fill_slot(bank, run, task_of(parent) if parent else CausalLM(), None, parent)
+    if method_of(knobs).mixes:
+        sites = list(method_of(knobs).sites(knobs, bank.scope))
+        trained = trained_parameters(knobs, sites, bank.scope)
+    else:
+        sites, trained = bank.sites(0), sum(p.numel() for p in bank.parameters(0).values())
     return Sizes(
         method=knobs,
         sites=len(sites),
-        trained=trained_parameters(knobs, sites, scope),
+        trained=trained,
         base=base,
         layers=layers,
         held=held_bytes(run.base, parameters=base, linears=layers, itemsize=dtype.itemsize),
         fp32=dtype == torch.float32,
-        scope=scope,
+        scope=bank.scope,
     )
 
 

@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from orchestrator.base import dense_weight, load_base, source_identity
+from orchestrator.base import dense_weight, load_base, load_tokenizer, source_identity
 from orchestrator.base.identity import source_hash
 from orchestrator.base.linear import linear_sites
 from orchestrator.config import Base
@@ -133,6 +133,13 @@ def test_what_is_not_a_base_is_refused(tmp_path: Path) -> None:
     (other / "model.safetensors").write_bytes((tiny.save(tmp_path / "flat") / "model.safetensors").read_bytes())
     with pytest.raises(BaseModelError, match="lack"):
         load_base(Base(id=str(other)))
+    (other / "tokenizer.json").write_text("{}")
+    with pytest.raises(BaseModelError, match="tokenizer"):
+        load_tokenizer(Base(id=str(other)))
+    wide = tiny.save(tmp_path / "wide", intermediate_size=256)
+    (wide / "model.safetensors").write_bytes((tmp_path / "flat" / "model.safetensors").read_bytes())
+    with pytest.raises(BaseModelError, match=r"mlp\.\w+_proj\.weight has shape \[\d+, \d+\], not"):
+        load_base(Base(id=str(wide)))
 
 
 def test_random_weights_are_the_seeds(tmp_path: Path) -> None:

@@ -48,6 +48,30 @@ def test_each_module_is_sharded_before_the_next_is_read(tmp_path: Path) -> None:
     assert handed == [*layer, *layer, "Embedding", "LlamaRMSNorm", "Linear", "LlamaForCausalLM"]
 
 
+@pytest.mark.slow
+def test_a_load_takes_a_layer_more_than_it_leaves(tmp_path: Path) -> None:
+    """In a process of its own, by the kernel's count: heap that is freed and kept would show."""
+    shape = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6}
+    big, small = (str(tiny.save(tmp_path / n, **s)) for n, s in (("big", shape), ("small", {})))
+    code = (
+        "import sys, torch; sys.path.insert(0, 'jobs/bench'); torch.set_num_threads(1)\n"
+        "from zero_memory_count import Peak, storage_bytes\n"
+        "from orchestrator.base import load_base; from orchestrator.config import Base\n"
+        f"load_base(Base(id={small!r}))\n"  # what is imported on first use
+        f"identity = load_base(Base(id={small!r})).identity\n"
+        f"peak = Peak(); base = load_base(Base(id={big!r}), identity=identity)\n"
+        "found = [m for m in base.model.modules() if hasattr(m, 'state')]\n"
+        "held = storage_bytes(base.model, [m.state for m in found])\n"
+        "layer = sum(p.numel() * p.element_size() for p in base.model.model.layers[0].parameters())\n"
+        "print('counted', peak.bytes() - held, layer, held)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    counted = next(line for line in done.stdout.splitlines() if line.startswith("counted"))
+    excess, layer, held = map(int, counted.split()[1:])
+    assert held > 6 * layer
+    assert excess < layer + 8 * 2**20, "one tensor as it is read, and what quantizing a slice of it takes"
+
+
 class Keeps(nn.Module):
     """A layer whose "gather" makes a new storage; may hold on to it."""
 

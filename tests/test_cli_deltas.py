@@ -116,6 +116,15 @@ def test_merged_equals_peft_where_weights_are_transposed(targets: list[str], tmp
     torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_merged_dora_equals_peft(base: Path, tmp_path: Path) -> None:
+    plain = adapter(llama(), tmp_path / "dora", ["q_proj", "down_proj"], use_dora=True)
+    merged(load_delta(plain), base, tmp_path / "m")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), plain).merge_and_unload()
+    tokens = torch.arange(16)[None]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    torch.testing.assert_close(model(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_merged_bf16_is_the_fp32_sum_rounded_once(plain: Path, tmp_path: Path) -> None:
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "b")
     delta = load_delta(plain)
@@ -139,9 +148,9 @@ def test_merging_refuses_what_it_cannot_do(base: Path, plain: Path, tmp_path: Pa
     LlamaForCausalLM(shallow).save_pretrained(tmp_path / "shallow")
     with pytest.raises(MethodError, match="belongs to no layer"):
         merged(load_delta(plain), tmp_path / "shallow", tmp_path / "m")
-    dora = adapter(llama(), tmp_path / "dora", ["q_proj"], use_dora=True)
-    with pytest.raises(MethodError, match="DoRA"):
-        merged(load_delta(dora), base, tmp_path / "m")
+    foreign = save_delta(tmp_path / "vera", {"base_model.vera_A": torch.ones(2, 2)}, None, {"peft_type": "VERA"})
+    with pytest.raises(MethodError, match="merge_and_unload"):
+        merged(foreign, base, tmp_path / "m")
     with pytest.raises(DeltaError, match="exists already"):
         merged(load_delta(plain), base, base)
     assert not (tmp_path / "m").exists()
@@ -192,6 +201,12 @@ def test_whole_walk(uri: str, base: Path, plain: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(
         AutoModelForCausalLM.from_pretrained(tmp_path / "m")(tokens).logits, first, rtol=1e-5, atol=1e-5
     )
+    out = said(uri, "export", "support", "--lora", tmp_path / "l", "--base", base, "--rank", 4)
+    assert "as a LoRA of rank 4" in out
+    assert "layer's change: worst" in out
+    torch.testing.assert_close(
+        PeftModel.from_pretrained(llama(), tmp_path / "l")(tokens).logits, first, rtol=1e-5, atol=1e-5
+    )
     said(uri, "export", tmp_path / "p", "--peft", tmp_path / "again")
     assert load_delta(tmp_path / "again").sha256 == record["sha256"]
     assert isinstance(call(uri, "export", "support", "--peft", base).exception, DeltaError)
@@ -226,6 +241,8 @@ def test_base_named_in_the_config_is_taken(uri: str, plain: Path, base: Path) ->
         (["export", "a"], ConfigError, "--peft DIR"),
         (["export", "a", "--merged", "m"], ConfigError, "go together"),
         (["export", "a", "--peft", "p", "--base", "b"], ConfigError, "go together"),
+        (["export", "a", "--lora", "p"], ConfigError, "go together"),
+        (["export", "a", "--merged", "p", "--base", "b", "--rank", "4"], ConfigError, "both or neither"),
         (["import", "/nowhere", "--name", "a"], DeltaError, "no such folder"),
         (["import", "/nowhere", "--name", "../a", "--unchecked"], RegistryError, "not a delta name"),
     ],

@@ -125,8 +125,11 @@ def test_a_forward_that_raises_fails_the_row_that_causes_it():
     bank = Bank(base)
 
     class Touchy:
+        def lead(self, slot):
+            return 0, 0
+
         @contextmanager
-        def routed(self, slot_BT, *, position_BT=None):
+        def routed(self, slot_BT, *, position_BT=None, prefixed=True):
             if (slot_BT == 9).any():
                 raise MemoryError("no room for slot 9")
             with bank.routed(slot_BT * 0 - 1, position_BT=position_BT):

@@ -29,7 +29,9 @@ LONGEST = 400
 LEAVES = (
     "cli",
     "cli_deltas",
+    "changes",
     "merge",
+    "approximate",
     "preview",
     "preview_samples",
     "report",
@@ -47,6 +49,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "yaml": ("orchestrator/config/*",),
     "datasets": ("orchestrator/data/*",),
     "bitsandbytes": ("orchestrator/base/*",),
+    "triton": ("orchestrator/base/*",),
     "transformers": (
         "orchestrator/base/*",
         "orchestrator/methods/*",

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,19 @@ class Cluster:
     def jobs(self) -> str:
         return f"http://127.0.0.1:{self.env['DASHBOARD']}"
 
+    def drain(self, deadline_s: int) -> None:
+        """Give the second node notice, as a cloud does before it takes a machine away."""
+        address = f"127.0.0.1:{self.env['PORT']}"
+        code = f"import ray; ray.init('{address}', logging_level='ERROR'); print(*(n['NodeID'] for n in ray.nodes() if "
+        code += "'node:__internal_head__' not in n['Resources']))"
+        listed = self.call(sys.executable, "-W", "ignore", "-c", code)
+        (node,) = listed.stdout.split()
+        notice = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "taken away", "--node-id", node)
+        done = self.call(
+            "ray", "drain-node", "--address", address, *notice, f"--deadline-remaining-seconds={deadline_s}"
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
     def raylets(self) -> set[int]:
         """Which raylets have a training worker."""
         found = set()
@@ -73,6 +86,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
     }
     del env["DS_ACCELERATOR"]  # what a worker needs has to come from the run itself
+    env.pop("RAY_ADDRESS", None)  # another cluster's
     del env["PYTEST_CURRENT_TEST"]  # MLflow looks for it, and then for files of its own repository
     (folder / "token").write_text(secrets.token_hex(32))
     here = Cluster(env, folder)
@@ -165,3 +179,49 @@ def test_more_workers_than_the_cluster_has_are_refused_at_once(cluster: Cluster,
     told = job.stdout + job.stderr
     assert job.returncode != 0
     assert "3 workers of 1 CPU need 3, the cluster has 2" in told.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_node_that_is_taken_away_costs_no_work(cluster: Cluster, upload: Path, tmp_path: Path) -> None:
+    """The last test here: its node does not come back. No checkpoint is due before the notice, so it makes one."""
+    storage = tmp_path / "storage"
+    overrides = [
+        *(o for o in SMALL if "gpus" not in o),
+        "name=taken",
+        f"base={tiny.save(tmp_path / 'base')}",
+        "data.eval_fraction=0",
+        "cluster.workers={min: 1, max: 2}",
+        f"cluster.storage={storage}",
+        "train.steps=1500",
+        "train.eval_every=1500",
+        "train.checkpoint_every=1500",
+        f"tracking.uri=sqlite:///{tmp_path}/mlflow.db",
+    ]
+    job = subprocess.Popen(
+        [
+            *("ray", "job", "submit", "--address", cluster.jobs, "--working-dir", str(upload), "--"),
+            *("python", "jobs/train.py", "jobs/runs/quickstart.yaml", *overrides),
+        ],
+        env=cluster.env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=cluster.folder,
+    )
+    assert job.stdout is not None
+    told = list(read_until(job.stdout, "step "))
+    assert "on 2 worker(s)" in "".join(told)
+    cluster.drain(deadline_s=20)
+    told += job.stdout
+    assert job.wait(60) == 0, "".join(told)
+    assert [n for line in told for n in re.findall(r"on (\d) worker\(s\)", line)] == ["2", "1"], "it went on with one"
+    steps = sorted(int(f.name[-4:]) for f in storage.glob("taken-*/step-*"))
+    assert len(steps) == 2, steps
+    assert 0 < steps[0] < steps[1] == 1500
+
+
+def read_until(lines: Iterable[str], start: str) -> Iterator[str]:
+    for line in lines:
+        yield line
+        if line.startswith(start):
+            return

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from orchestrator.base import load_base, load_tokenizer
 from orchestrator.config import Base, Cluster, Data, Lora, Run, Source, Tracking, Train, Workers, Zero
+from orchestrator.config.method import Prompt
 from orchestrator.data import Sample
 from orchestrator.data.demo import demo_records
 from orchestrator.delta import save_delta
@@ -164,6 +165,15 @@ def test_unpacked_rows_over_two_workers(base, tmp_path):
     )
     # 8, 8, 4 and 4 tokens; each row is a pass of 8 positions.
     assert value(shown(run), "per step") == "4 rows of one sample, 75% full; passes of each worker: 2, of up to 1 rows"
+
+
+def test_virtual_tokens_take_their_places(base, tmp_path):
+    path = write(tmp_path / "x.jsonl", *({"prompt": "Q", "completion": "X" * n} for n in (6, 6, 2, 2)))
+    data = Data(train=(path,), chat="never", packing=False, length=64)
+    run = Run(base=base, data=data, train=Train(batch_size=4, rows_per_pass=1), method=Prompt(tokens=4))
+    # 12, 12, 8 and 8 tokens in passes of 16, 16, 8 and 8 positions.
+    assert value(text := shown(run), "per step").startswith("4 rows of one sample, 83% full; passes of each worker: 4")
+    assert value(text, "trainable").startswith("256 in 1 modules")
 
 
 def test_a_mix_names_each_source(base, tmp_path):

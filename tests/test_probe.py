@@ -9,6 +9,8 @@ from transformers import BloomConfig, GraniteConfig
 
 from orchestrator.base import load_base
 from orchestrator.config import Base, Lora
+from orchestrator.config.method import Bottleneck, Prefix, Prompt
+from orchestrator.errors import MethodError
 from orchestrator.methods import Bank
 from orchestrator.train.probe import probe
 from tests import tiny
@@ -49,4 +51,22 @@ def test_a_model_that_mixes_packed_sequences_or_scales_its_logits_is_found_out(
     bank.add(0, Lora(rank=2))
     found = probe(base.model, bank, 0, torch.device("cpu"), quantized=False, vocabulary=tiny.VOCAB)
     assert (found.packs, found.in_head, found.gathered_alive) == (packs, in_head, 0)
+    assert all(leaf.grad is None for leaf in bank.leaves().values())
+
+
+@pytest.mark.parametrize("knobs", [Prompt(tokens=3), Prefix(tokens=3, std=1.0), Bottleneck(placement="parallel")])
+@pytest.mark.parametrize(("arch", "packs"), [("llama", True), ("gpt2", True), ("bloom", False)])
+def test_what_a_delta_puts_first_is_part_of_the_look(
+    arch: str, packs: bool, knobs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(tiny.CONFIGS, "bloom", ODD["bloom"])
+    base = load_base(Base(id=str(tiny.save(tmp_path, arch)), quantize="none"))
+    bank = Bank(base.model)
+    if arch == "bloom" and knobs.type == "prefix":
+        with pytest.raises(MethodError, match="attention of its own kind"):
+            bank.add(0, knobs)
+        return
+    bank.add(0, knobs)
+    found = probe(base.model, bank, 0, torch.device("cpu"), quantized=False, vocabulary=tiny.VOCAB)
+    assert (found.packs, found.in_head) == (packs, True)
     assert all(leaf.grad is None for leaf in bank.leaves().values())

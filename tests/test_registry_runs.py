@@ -152,6 +152,26 @@ def test_finish_says_what_is_lost(registry: Registry, client: MlflowClient, monk
     assert client.get_run(run.id).info.status == "FAILED"
 
 
+def test_a_store_that_is_gone_in_mid_run_is_one_message(tmp_path: Path) -> None:
+    """What a user sees: the database's own words, and no traceback of MLflow's at each try."""
+    code = (
+        "import os; from orchestrator.config import Tracking; from orchestrator.registry import Registry\n"
+        "from orchestrator.errors import RegistryError\n"
+        f"path = {str(tmp_path / 'mlflow.db')!r}\n"
+        "run = Registry(Tracking(uri=f'sqlite:///{path}', system_metrics=False)).start_run('gone')\n"
+        "run.log({'loss': 1.0}, 0); assert run.flush()\n"
+        "os.unlink(path)\n"
+        "run.log({'loss': 2.0}, 1); run.flush(); run.flush()\n"
+        "try: run.finish(patience_s=0.2)\n"
+        "except RegistryError as e: print(e)\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100)
+    assert "1 metric values and the final status FINISHED could not be written" in done.stdout, done
+    assert "(sqlite3.OperationalError)" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
 def test_refused_values_do_not_block_later_ones(
     registry: Registry, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,6 +303,15 @@ def test_a_mistake_that_only_a_worker_sees_ends_the_run_at_once(
     assert run.info.status == "FAILED"
 
 
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_is_told_apart(cluster: str, base: Path, tmp_path: Path) -> None:
+    process = command("train", *settings(base, tmp_path), "--address", cluster, env={"RAY_AUTH_MODE": "disabled"})
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 13, told
+    assert f"cannot join the Ray cluster at {cluster}" in told
+    assert "RAY_AUTH_MODE=token" in told
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [

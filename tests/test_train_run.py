@@ -18,8 +18,9 @@ from orchestrator.data.demo import demo_records
 from orchestrator.errors import DeltaError, MethodError, TrainError, WrongBaseError
 from orchestrator.launch.train import Outcome, train
 from orchestrator.methods import Bank
+from orchestrator.train.worker import Place, work
 from tests import tiny
-from tests.launch_kit import Heard, assert_same_bits, local_ray, small, train_here, weights
+from tests.launch_kit import Folder, Heard, assert_same_bits, local_ray, small, train_here, weights
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +161,10 @@ def evaluated(base: Path, held_out: Path, *more: str) -> Run:
 
 
 def test_the_best_delta_is_kept_beside_the_last(base: Path, held_out: Path, tmp_path: Path) -> None:
-    """A learning rate far too high makes the last delta worse than an earlier one."""
-    run = evaluated(base, held_out, "train.steps=8", "train.lr=3", "train.clip=0", "train.checkpoint_every=1")
+    """One record learnt by heart makes the last delta worse on others than an earlier one."""
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps({"prompt": "the cat", "completion": "sat on the mat"}))
+    run = evaluated(base, held_out, f"data={one}", "train.steps=8", "train.lr=0.1", "train.checkpoint_every=1")
     heard = train_here(run, tmp_path)
     losses = heard.of("eval", "eval_loss")
     best = min(range(8), key=losses.__getitem__)
@@ -198,6 +201,25 @@ def test_a_resumed_run_has_the_same_bits(method: str, base: Path, held_out: Path
     assert second.latest is not None
     for part in ("delta", "best"):
         assert_same_bits(weights(whole.latest / "delta" / part), weights(second.latest / "delta" / part))
+
+
+def test_a_target_without_match_ends_before_all_that_is_slow(base: Path, tmp_path: Path) -> None:
+    """No data tokenized, no weights read: of a large base that is many minutes."""
+    reporter = Folder(tmp_path)
+    place = Place(rank=0, ranks=1, local_ranks=1, device=torch.device("cpu"))
+    with pytest.raises(MethodError, match=r"'q_prj' matches no .* nearest is 'q_proj'"):
+        work(small(f"base={base}", "method.targets=[q_prj]"), place, reporter)
+    assert reporter.events == []
+
+
+def test_a_node_that_will_go_is_answered_with_a_checkpoint(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, not at the next one due: what comes after it may be lost."""
+    monkeypatch.setattr("orchestrator.train.loop._LOOK_S", 0.0)
+    monkeypatch.setattr(Folder, "preempted", lambda self: self.of("step", "step")[-1] == 3)
+    train_here(small(f"base={base}", "train.steps=5", "train.checkpoint_every=100"), tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-00000003", "step-00000005"]
 
 
 def test_the_global_batch_does_not_depend_on_rows_per_pass(base: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' ``sdpa``; where ``set_prefix`` was called for the module, every query sees its row's prefix too."""
-    prefix: Prefix | None = getattr(module, _PREFIX, None)
+    prefix: Prefix | None = module.__dict__.pop(_PREFIX, None)
     if prefix is not None:
         if attention_mask is None:
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -53,12 +53,14 @@ def attention(
     return made
 
 
-def set_prefix(module: nn.Module, prefix: Prefix | None) -> None:
-    """What the module's attention sees before its own keys, until it is set anew."""
-    if prefix is None:
-        module.__dict__.pop(_PREFIX, None)
-    else:
-        module.__dict__[_PREFIX] = prefix
+def set_prefix(module: nn.Module, prefix: Prefix) -> None:
+    """What the module's attention sees before its own keys, the next time it is computed."""
+    module.__dict__[_PREFIX] = prefix
+
+
+def forget_prefix(module: nn.Module) -> bool:
+    """Whether a prefix was set that no attention has seen since: then the module calls another function than this."""
+    return module.__dict__.pop(_PREFIX, None) is not None
 
 
 def _plain_mask(queries: int, keys: int, causal: bool, device: torch.device) -> Tensor:

@@ -55,8 +55,9 @@ def load_tokenizer(base: Base) -> Any:
     folder = base_dir(base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=base.trust_remote_code)
-    except (OSError, ValueError) as e:
-        raise BaseModelError(f"base {base.id}: its tokenizer cannot be loaded: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # damaged files end in any kind, some in a bare Exception
+        reason = " ".join(str(e).split())[:300]
+        raise BaseModelError(f"base {base.id}: its tokenizer cannot be loaded: {type(e).__name__}: {reason}") from e
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer

@@ -13,8 +13,10 @@ from orchestrator.base.files import WeightReader, base_dir
 from orchestrator.config import Base, Identity, home
 
 
-def source_identity(base: Base, *, dtype: torch.dtype | None = None) -> Identity:
-    """Identity of a base (see ``Identity``).
+def source_identity(
+    base: Base, *, dtype: torch.dtype | None = None, unquantized: frozenset[int] = frozenset()
+) -> Identity:
+    """Identity of a base (see ``Identity``), of which some layers may be held as they are.
 
     The hash covers each source tensor's name, dtype, shape and bytes, in the order of names, so that files split in
     another way give the same hash. It is kept in ``$MANTA_HOME/cache/hashes`` under the files' size and time.
@@ -26,10 +28,16 @@ def source_identity(base: Base, *, dtype: torch.dtype | None = None) -> Identity
         id=base.id,
         revision=base.revision or _snapshot(folder),
         source_hash=_random_hash(base, folder) if base.random_init is not None else source_hash(folder),
-        recipe=f"{'nf4-double' if base.quantize == 'nf4' else base.quantize}/{_short(dtype)}",
+        recipe=_recipe(base, dtype, unquantized),
         template_hash=hashlib.sha256(text.encode()).hexdigest() if text else None,
         licence=_licence(folder),
     )
+
+
+def _recipe(base: Base, dtype: torch.dtype | None, unquantized: frozenset[int]) -> str:
+    held = f"{'nf4-double' if base.quantize == 'nf4' else base.quantize}/{_short(dtype)}"
+    numbers = ",".join(map(str, sorted(unquantized)))
+    return held if base.quantize == "none" or not unquantized else f"{held}, layers {numbers} unquantized"
 
 
 def source_hash(folder: Path) -> str:

@@ -5,6 +5,7 @@ Shapes: O outputs, I inputs. NF4: Dettmers et al. 2023 (arXiv:2305.14314), block
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -12,9 +13,13 @@ from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from orchestrator.base.low_rank import LowRank, product_with
+
 _BLOCK = 64
-_SLICE = 2**20
+_SLICE = 2**18
 """Weights that a CPU quantizes at a time."""
+_MOST_RANK = 256
+"""Largest rank that is added into a weight."""
 
 
 class _HeldMatmul(torch.autograd.Function):
@@ -66,11 +71,34 @@ class NF4Linear(_HeldLinear):
         super().__init__(weight_OI, bias_O, dtype, transposed)
         packed, self.state = _quantize_nf4(weight_OI, dtype)
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.added: LowRank | None = None
+        """A change that the next forward pass adds into the weight."""
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Dense weight [O, I]."""
-        dense: Tensor = bnb.dequantize_4bit(self.weight.data.view(-1, 1), self.state)
-        return dense.to(dtype)
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W^T + b``: [..., I] to [..., O]."""
+        added, self.added = self.added, None
+        if added is None:
+            return super().forward(x)
+        y = product_with(x, self, added)
+        return y if self.bias is None else y + self.bias
+
+    def takes(self, added: LowRank) -> bool:
+        """Whether the change can be added into this weight."""
+        return self.in_features % _BLOCK == 0 and added.a_RI.shape[0] <= _MOST_RANK
+
+    def dequantize(self, dtype: torch.dtype, added: LowRank | None = None) -> Tensor:
+        """Dense weight [O, I]; with a change added, the sum is rounded once."""
+        if added is None:
+            dense: Tensor = bnb.dequantize_4bit(self.weight.data.view(-1, 1), self.state)
+            return dense.to(dtype)
+        if self.weight.is_cuda:
+            from orchestrator.base.nf4_kernel import dense_with  # triton comes with torch's CUDA builds alone
+
+            return dense_with(self.weight.data, self.state, added, dtype)
+        exact = copy(self.state)
+        exact.dtype = torch.float32
+        plain: Tensor = bnb.dequantize_4bit(self.weight.data.view(-1, 1), exact)
+        return plain.addmm_(added.b_OR, added.a_RI, alpha=added.scale).to(dtype)
 
     def state_bytes(self) -> int:
         """Bytes of the quantization state, which every rank holds."""

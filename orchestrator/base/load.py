@@ -116,14 +116,10 @@ def load_base(
     model.config.use_cache = False
     _fuse_kernels(model, base, torch.device(device))
     use(model)
-    identity = identity or source_identity(base, dtype=dtype)
-    if unquantized and base.quantize != "none":
-        numbers = ",".join(map(str, sorted(unquantized)))
-        identity = identity.model_copy(update={"recipe": f"{identity.recipe}, layers {numbers} unquantized"})
     return FrozenBase(
         model=model,
         tokenizer=load_tokenizer(base),
-        identity=identity,
+        identity=identity or source_identity(base, dtype=dtype, unquantized=unquantized),
         report=_report(model, base, count, time.monotonic() - begin, unquantized),
         source=lambda site: _source_weight(base, site, encoder=encoder),
     )
@@ -216,22 +212,24 @@ def _fill(
         _complete(model, entries, where, base)
     _buffers(model, device)
     held = HELD.get(base.quantize)
+
+    def hand_over(module: nn.Module) -> None:
+        if sharder:
+            sharder(module)
+        _give_back()
+
     for index, layer in enumerate(layers):
         here = None if index in unquantized else held
-        _fill_module(layer, f"{prefix}.{index}.", tensor, here, device, dtype, sharder)
+        _fill_module(layer, f"{prefix}.{index}.", tensor, here, device, dtype, hand_over)
         made.clear()
-        if sharder:
-            sharder(layer)
-        _give_back()
-    _fill_module(model, "", tensor, None, device, dtype, None if tied else sharder, skip=tied)
+        hand_over(layer)
+    _fill_module(model, "", tensor, None, device, dtype, None if tied else hand_over, skip=tied)
     model.tie_weights()
-    if sharder:
-        sharder(model)
-    _give_back()
+    hand_over(model)
 
 
 def _give_back() -> None:
-    """Return freed memory to the system: what each layer leaves in glibc's heap would add up over all layers."""
+    """Return freed memory to the system: what each module leaves in glibc's heap adds up, to more than a layer."""
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
 
@@ -263,38 +261,44 @@ def _fill_module(
     held: type[NF4Linear | Int8Linear] | None,
     device: torch.device,
     dtype: torch.dtype,
-    sharder: Sharder | None,
+    hand_over: Sharder | None,
     skip: set[str] | None = None,
 ) -> None:
     """Give each module under ``root`` that is still on the meta device its weights; quantize its linears.
 
-    Each is handed to the sharder before the next is read: an embedding may be larger than a layer.
+    Each is handed over before the next is read: an embedding may be larger than a layer.
     """
     for name, module in list(root.named_modules()):
         full = f"{prefix}{name}." if name else prefix
         if held and isinstance(module, nn.Linear | Conv1D) and name:
-            weight = tensor(full + "weight").to(device)
+            weight = _shaped(tensor(full + "weight"), full + "weight", module.weight).to(device)
             bias = tensor(full + "bias").to(device) if module.bias is not None else None
             parent, _, child = name.rpartition(".")
             weight = weight.T if isinstance(module, Conv1D) else weight
             made = held(weight, bias, dtype, isinstance(module, Conv1D))
             setattr(root.get_submodule(parent), child, made)
-            if sharder:
-                sharder(made)
+            if hand_over:
+                hand_over(made)
             continue
         filled = False
         for own, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.is_meta and full + own not in (skip or ()):
-                value = tensor(full + own)
-                if value.shape != parameter.shape:
-                    raise BaseModelError(f"{full}{own} has shape {list(value.shape)}, not {list(parameter.shape)}")
-                setattr(module, own, nn.Parameter(_own(value, device, dtype), requires_grad=False))
+                value = _own(_shaped(tensor(full + own), full + own, parameter), device, dtype)
+                setattr(module, own, nn.Parameter(value, requires_grad=False))
                 filled = True
         for own, buffer in list(module._buffers.items()):
             if buffer is not None and buffer.is_meta and own not in module._non_persistent_buffers_set:
                 module._buffers[own] = _own(tensor(full + own), device, buffer.dtype)
-        if sharder and filled and not list(module.children()):
-            sharder(module)
+        if hand_over and filled and not list(module.children()):
+            hand_over(module)
+
+
+def _shaped(value: Tensor, name: str, like: Tensor) -> Tensor:
+    if value.shape != like.shape:
+        raise BaseModelError(
+            f"{name} has shape {list(value.shape)}, not {list(like.shape)}: the weights are not those of config.json"
+        )
+    return value
 
 
 def _own(value: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -15,5 +15,9 @@ def host_memory(cgroup: Path = _CGROUP) -> tuple[int, int]:
     with suppress(OSError, ValueError):  # no container, or one without a limit
         limit = int((cgroup / "memory.max").read_text())
         used = int((cgroup / "memory.current").read_text())
-        total, free = min(total, limit), min(free, limit - used)
+        # Pages of read files count as used, though the kernel takes them back first: a base that was just downloaded
+        # or hashed would look like memory that is gone.
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        cached = int(stat["inactive_file"]) + int(stat["active_file"])
+        total, free = min(total, limit), min(free, limit - used + cached)
     return total, free

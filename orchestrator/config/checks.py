@@ -50,6 +50,7 @@ def problems(run: Run) -> list[Problem]:
         *_cluster(run.base, run.cluster),
         *_tracking(run.tracking, run.base),
         *_name(run),
+        *_method(run),
     ]
 
 
@@ -210,6 +211,19 @@ def _cluster(base: Base, cluster: Cluster) -> Iterator[Problem]:
         yield "cluster.storage", f"{cluster.storage} is a file; a folder is needed"
     if base.attention == "flash_attention_2" and cluster.gpus_per_worker == 0:
         yield "base.attention", "flash_attention_2 needs a GPU; take sdpa"
+
+
+def _method(run: Run) -> Iterator[Problem]:
+    if run.method.type == "full" and run.base.quantize != "none":
+        yield "base.quantize", f"method full trains every weight, and {run.base.quantize} ones cannot be; take none"
+    if run.method.whole_base:
+        why = f"method {run.method.type} needs a dense base, whole on each worker"
+        if run.base.quantize != "none":
+            yield "base.quantize", f"{run.base.quantize}: {why}; take base.quantize: none, or another method"
+        if run.cluster.zero.stage == 3:
+            yield "cluster.zero.stage", f"stage 3: {why}; take stage auto, 0, 1 or 2, or another method"
+    if getattr(run.method, "choose", None) == "fisher" and run.task.type == "classification":
+        yield "method.choose", "fisher takes next-token losses; a classification takes magnitude or random"
 
 
 def _name(run: Run) -> Iterator[Problem]:

@@ -12,6 +12,8 @@ class Knobs(Strict):
 
     default_lr: ClassVar[float] = 2e-4
     """Peak learning rate of AdamW where ``train.lr`` is silent."""
+    whole_base: ClassVar[bool] = False
+    """Whether it needs a base that is neither quantized nor sharded."""
 
     @model_validator(mode="before")
     @classmethod
@@ -81,6 +83,8 @@ class Norms(Knobs):
     default_lr: ClassVar[float] = 1e-3
     type: Literal["norms"] = "norms"
     """Method name."""
+    targets: tuple[str, ...] = ("all-norms",)
+    """Normalization layers: ``all-norms``, names such as ``ln_1``, or regular expressions over full names."""
     biases: bool = True
     """Train their biases too, where they have any."""
 
@@ -194,10 +198,17 @@ class Lora(Knobs):
 class Peft(Knobs):
     """Any method of the peft library, handed through; solo, on a dense base that is not sharded."""
 
+    whole_base: ClassVar[bool] = True
     type: Literal["peft"] = "peft"
     """Method name."""
     peft: dict[str, Any]
-    """peft's own ``type`` (such as ``VERA``) and options."""
+    """peft's own ``type`` (such as ``VERA``) and options, named as peft names them."""
+
+    @model_validator(mode="after")
+    def _has_type(self) -> "Peft":
+        if not isinstance(self.peft.get("type"), str):
+            raise ValueError("peft: its type is missing; such as {type: VERA, r: 64}")
+        return self
 
 
 def _short(value: object) -> object:

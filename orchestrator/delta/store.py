@@ -30,6 +30,8 @@ FILES = (CONFIG, WEIGHTS, MANIFEST, CARD)
 _PREFIX = "base_model.model."
 _BARE = ("prompt_embeddings",)
 """Names that peft's prompt methods write without the prefix."""
+_SHARED = "base_model."
+"""Before the names of what peft keeps once for all layers (VeRA's projections), which have no ``model.`` in them."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,511}")
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 _MAX_JSON = 4 * 2**20
@@ -128,7 +130,7 @@ def load_delta(directory: Path | str, *, max_bytes: int = MAX_BYTES, finite: boo
             )
     named = parse_tensors(content, directory / WEIGHTS, finite=finite)
     for name in named:
-        if not name.startswith(_PREFIX) and name not in _BARE:
+        if not name.startswith(_SHARED) and name not in _BARE:
             raise DeltaError(f"{directory / WEIGHTS}: tensor {name[:200]!r} does not start with {_PREFIX!r}")
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in named.items()}
     _check_tensors(tensors, config, directory / WEIGHTS)
@@ -136,7 +138,7 @@ def load_delta(directory: Path | str, *, max_bytes: int = MAX_BYTES, finite: boo
 
 
 def _in_file(name: str) -> str:
-    return name if name in _BARE else _PREFIX + name
+    return name if name in _BARE or name.startswith(_SHARED) else _PREFIX + name
 
 
 def _json(directory: Path, name: str) -> dict[str, Any] | None:

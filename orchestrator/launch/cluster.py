@@ -31,7 +31,16 @@ def join(address: str | None = None) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as e:
         first = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise ClusterError(f"cannot join the Ray cluster{f' at {address}' if address else ''}: {first}") from e
+        raise ClusterError(
+            f"cannot join the Ray cluster{f' at {address}' if address else ''}: {first}{_token_hint(address)}"
+        ) from e
+
+
+def _token_hint(address: str | None) -> str:
+    """Ray looks for a token by itself only where it finds the cluster by itself, and does not say so."""
+    if not address or os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        return ""
+    return ". If it is up, it may ask for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token"
 
 
 def describe(address: str | None = None) -> dict[str, Any]:

@@ -5,8 +5,8 @@ tensors are not part of the module tree: what shards the base never sees them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,37 +14,16 @@ from torch import Tensor, nn
 
 from orchestrator.config import Classification, Task
 from orchestrator.config import Method as MethodKnobs
-from orchestrator.errors import DeltaError, MethodError
-from orchestrator.methods.method import Hook, Method
+from orchestrator.data.batch import NO_SLOT
+from orchestrator.errors import MethodError
+from orchestrator.methods.fit import check_fit
+from orchestrator.methods.method import Method
 from orchestrator.methods.route import Route
 from orchestrator.methods.scope import Scope
+from orchestrator.methods.slot import Part, Slot, generator
 from orchestrator.methods.stack import Stack
 from orchestrator.methods.table import HEAD, method_of
-from orchestrator.methods.wiring import Site, Wiring, hash_ints, hash_text
-
-
-@dataclass
-class _Part:
-    """A method in a slot: the slot's own, or the head that its task needs."""
-
-    method: Method
-    knobs: Any
-    sites: dict[str, Hook]
-    shared: dict[str, str]
-
-    @property
-    def own(self) -> list[str]:
-        """Sites with tensors of their own."""
-        return [s for s in self.sites if s not in self.shared]
-
-
-@dataclass
-class _Slot:
-    """What the bank knows of one slot."""
-
-    seed: int
-    task: Task | None
-    parts: list[_Part]
+from orchestrator.methods.wiring import Site, Wiring, hash_ints
 
 
 class Bank:
@@ -56,6 +35,8 @@ class Bank:
         base_id: name of the base, for the deltas' own configs.
         source: a linear's weight before quantization, for starts that need it.
         encode: token ids of a text, for starts that need them.
+        fuse: a slot that has all tokens of a pass is added into the weights of 4-bit linears, where its method can be:
+            one product instead of several, faster from some tens of tokens on; rounding differs.
     """
 
     def __init__(
@@ -66,11 +47,13 @@ class Bank:
         base_id: str = "",
         source: Callable[[str], Tensor] | None = None,
         encode: Callable[[str], list[int]] | None = None,
+        fuse: bool = False,
     ) -> None:
         self.scope = Scope.of(model, base_id, source=source, encode=encode)
         self.device = torch.device(device)
-        self._slots: dict[int, _Slot] = {}
-        self._wiring = Wiring(model, self.scope, self.device)
+        self._empty = next(model.parameters()).is_meta
+        self._slots: dict[int, Slot] = {}
+        self._wiring = Wiring(model, self.scope, self.device, fuse)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -85,6 +68,7 @@ class Bank:
         seed: int = 0,
         tensors: Mapping[str, Tensor] | None = None,
         task: Task | None = None,
+        importance: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Fill a slot, at the method's start values or with a saved delta's tensors. Every rank must call it.
 
@@ -94,6 +78,7 @@ class Bank:
             seed: of start values and dropout.
             tensors: ``<site>.<name>`` -> tensor, as ``tensors`` returns them.
             task: gives the slot a head of its own where the task needs one.
+            importance: of each site's weights, where the method asks for it (``Method.importance_samples``).
 
         Raises:
             MethodError: a target matches nothing, the base has not what the method needs, or the slot is taken.
@@ -101,12 +86,21 @@ class Bank:
         """
         if slot in self._slots or slot < 0:
             raise MethodError(f"slot {slot} is {'taken' if slot >= 0 else 'negative'}")
-        parts = [self._part(method_of(knobs), knobs)]
+        method = method_of(knobs)
+        if self._slots and (self._foreign() or not method.mixes):
+            raise MethodError("a slot of the peft library's own modules stands alone: no other slot beside it")
+        if not method.mixes:
+            self._add_foreign(slot, method, knobs, seed, tensors, task)
+            return
+        parts = [Part.of(method, knobs, self.scope)]
         if isinstance(task, Classification):
-            parts.append(self._part(HEAD, task))
-        values = self._start(parts, seed) if tensors is None else dict(tensors)
-        self._check(parts, values)
-        self._slots[slot] = _Slot(seed, task, parts)
+            parts.append(Part.of(HEAD, task, self.scope))
+        if tensors is None:
+            scope = self.scope if importance is None else replace(self.scope, importance=importance.__getitem__)
+            tensors = {name: value for part in parts for name, value in part.start(scope, seed).items()}
+        values = dict(tensors)
+        check_fit({name: shape for part in parts for name, shape in part.shapes(self.scope).items()}, values)
+        self._slots[slot] = Slot(seed, task, parts)
         try:
             for part in parts:
                 self._fill(slot, part, seed, values)
@@ -116,9 +110,12 @@ class Bank:
 
     def remove(self, slot: int) -> None:
         """Empty a slot."""
-        for part in self._slots.pop(slot).parts:
+        gone = self._slots.pop(slot)
+        if gone.foreign:
+            gone.foreign.remove()
+        for part in gone.parts:
             for site in [*part.own, *part.shared]:
-                here = self._wiring.sites.get(site, {}).get(part.method.name)
+                here = self._wiring.sites.get(site, {}).get(part.key(site))
                 if here is None:
                     continue
                 for stack in () if here.borrowed else (*here.stacks.values(), *here.constants.values()):
@@ -126,20 +123,20 @@ class Bank:
                 here.knobs.pop(slot, None)
                 here.seeds.pop(slot, None)
                 if not here.knobs:
-                    del self._wiring.sites[site][part.method.name]
+                    del self._wiring.sites[site][part.key(site)]
                 self._wiring.changed(site)
 
     def resize(self, slot: int, knobs: MethodKnobs) -> None:
         """Change a slot's size; its function stays, where the new size can hold it."""
         part = self._slots[slot].parts[0]
-        new = self._part(method_of(knobs), knobs)
-        if new.method is not part.method or new.sites != part.sites:
+        new = Part.of(method_of(knobs), knobs, self.scope)
+        if new.method is not part.method or new.sites != part.sites or self._foreign():
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
         seed = self._slots[slot].seed
         for site in part.own:
-            here = self._wiring.sites[site][part.method.name]
+            here = self._wiring.sites[site][part.key(site)]
             values = {name: stack.value(slot) for name, stack in here.stacks.items()}
-            made = part.method.resized(part.knobs, knobs, values, site, self.scope, _generator(seed, site))
+            made = part.method.resized(part.knobs, knobs, values, site, self.scope, generator(seed, site))
             self._put(here, slot, new, made)
         self._slots[slot].parts[0] = new
 
@@ -152,9 +149,10 @@ class Bank:
         seed, kept = self._slots[slot].seed, {}
         for part in self._slots[slot].parts:
             for site in part.own:
-                here = self._wiring.sites[site][part.method.name]
+                here = self._wiring.sites[site][part.key(site)]
                 values = {name: stack.value(slot) for name, stack in here.stacks.items()}
-                made = part.method.rechosen(part.knobs, step, values, site, _generator(hash_ints(seed, step), site))
+                draw = generator(hash_ints(seed, step), site)
+                made = part.method.rechosen(part.knobs, step, values, site, self.scope, draw)
                 if made is None:
                     continue
                 still = made.pop("kept")
@@ -179,10 +177,16 @@ class Bank:
 
     def sites(self, slot: int) -> list[str]:
         """Module names that a slot's method acts on."""
-        return list(self._slots[slot].parts[0].sites)
+        foreign = self._slots[slot].foreign
+        return list(foreign.sites if foreign else self._slots[slot].parts[0].sites)
 
     def lead(self, slot: int) -> tuple[int, int]:
-        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin."""
+        """Virtual tokens before each sequence of a slot, and the position at which its own tokens or those begin.
+
+        None, and 0, for the bare base.
+        """
+        if slot == NO_SLOT:
+            return 0, 0
         part = self._slots[slot].parts[0]
         return part.method.virtual_tokens(part.knobs), part.method.prefix_length(part.knobs)
 
@@ -190,27 +194,43 @@ class Bank:
         """Whether a pass with tokens of this slot is to hold no other slot's."""
         return any(site in self.scope.shared_inputs for part in self._slots[slot].parts for site in part.sites)
 
+    def prefix(self, slot: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values, [heads, P, D] each, that a slot puts before its sequences: of each layer that has any."""
+        part = self._slots[slot].parts[0]
+        found = {}
+        for site in (site for site, hook in part.sites.items() if hook == "key_value"):
+            layer = self.scope.layer_of(site)
+            assert layer is not None
+            length = part.method.prefix_length(part.knobs)
+            key_HPD, value_HPD = self._wiring.key_value(site, part.key(site), slot)
+            found[layer] = key_HPD[:, :length], value_HPD[:, :length]
+        return found
+
     def changes_head(self, slot: int) -> bool:
         """Whether a slot adds to the logits of the base's own head."""
-        return self.scope.head in self._slots[slot].parts[0].sites
+        return self.scope.head in self.sites(slot)
 
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
         """What of a slot is trained, ``<site>.<name>``; the same objects for the slot's life, for an optimizer."""
-        return {name: stack.views[slot] for name, stack in self._own_stacks(slot) if slot in stack.views}
+        own = {name: stack.views[slot] for name, stack in self._own_stacks(slot) if slot in stack.views}
+        return {**own, **self._foreign(slot)}
 
     def lr_ratios(self, slot: int) -> dict[str, float]:
         """Learning rate of each trained tensor over that of the run."""
-        return {
+        own = {
             f"{site}.{name}": part.method.lr_ratio(part.knobs, name)
             for part in self._slots[slot].parts
             for site in part.own
-            for name, stack in self._wiring.sites[site][part.method.name].stacks.items()
+            for name, stack in self._wiring.sites[site][part.key(site)].stacks.items()
             if slot in stack.views
         }
+        return {**own, **dict.fromkeys(self._foreign(slot), 1.0)}
 
     def windows(self, slot: int) -> dict[str, Tensor]:
         """A slot's whole tensors, trained or not, in place."""
-        return {name: stack.value(slot) for name, stack in self._own_stacks(slot)}
+        foreign = self._slots[slot].foreign
+        own = {name: stack.value(slot) for name, stack in self._own_stacks(slot)}
+        return {**own, **foreign.windows()} if foreign else own
 
     def tensors(self, slot: int) -> dict[str, Tensor]:
         """Copies of a slot's tensors on the CPU."""
@@ -218,17 +238,19 @@ class Bank:
 
     def leaves(self) -> dict[str, Tensor]:
         """The stacked tensors that gradients arrive in, in the same order on every rank."""
-        return {
+        own = {
             f"{site}.{kind}.{name}": stack.leaf
             for site, kinds in self._wiring.sites.items()
             for kind, here in kinds.items()
             for name, stack in here.stacks.items()
             if not here.borrowed and stack.leaf is not None and stack.leaf.requires_grad
         }
+        return {**own, **self._foreign()}
 
     def leaves_of(self, slot: int) -> dict[str, Tensor]:
         """The leaf that holds each of a slot's trained tensors, named as in ``parameters``."""
-        return {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
+        own = {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
+        return {**own, **self._foreign(slot)}
 
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
@@ -239,6 +261,8 @@ class Bank:
         """Forget all gradients."""
         for stack in self._stacks():
             stack.zero_grad()
+        for parameter in self._foreign().values():
+            parameter.grad = None
 
     @contextmanager
     def routed(
@@ -248,6 +272,7 @@ class Bank:
         position_BT: Tensor | None = None,
         sample_BT: Tensor | None = None,
         steps: Mapping[int, int] | None = None,
+        prefixed: bool = True,
     ) -> Iterator[None]:
         """Inside, each token passes its slot's delta. Recomputed activations need the backward pass inside, too.
 
@@ -256,10 +281,17 @@ class Bank:
             position_BT: positions, for dropout and virtual tokens.
             sample_BT: sample numbers, for dropout.
             steps: each slot's step count; given, dropout is on.
+            prefixed: whether prefixes of keys and values are added; not where a cache holds what ``prefix`` returns.
         """
-        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, steps is not None, self.device)
+        training = steps is not None
+        self._wiring.route = Route(slot_BT, position_BT, sample_BT, steps or {}, training, prefixed, self.device)
         try:
-            yield
+            with ExitStack() as stack:
+                for slot, here in self._slots.items():
+                    if here.foreign:
+                        step = None if steps is None else steps[slot]
+                        stack.enter_context(here.foreign.running(slot, slot_BT, step, sample_BT))
+                yield
         finally:
             self._wiring.route = None
 
@@ -268,74 +300,55 @@ class Bank:
 
         Dropout is on where it is in the pass around it (``routed``); it needs the sample numbers.
         """
-        wiring, logits_PC, around = self._wiring, None, self._wiring.route
-        route = Route(slot_P.view(1, -1), device=self.device)
-        if around is not None and sample_P is not None:
-            route.position_BT, route.sample_BT = torch.zeros_like(slot_P.view(1, -1)), sample_P.view(1, -1)
-            route.steps, route.training = around.steps, around.training
-        for here in (site for kinds in wiring.sites.values() for site in kinds.values() if site.hook == "head"):
-            group = route.group(list(here.knobs))
-            if group is None:
-                continue
-            made_GMC = here.method.head(group.pick(h_PH.unsqueeze(0)), wiring.params(here, group, route))
-            like = h_PH.new_empty(1, len(h_PH), made_GMC.shape[-1])
-            put_PC = group.put(made_GMC, like).squeeze(0)
-            logits_PC = put_PC if logits_PC is None else logits_PC + put_PC
-        if logits_PC is None:
-            raise MethodError("none of these slots has a head of its own")
-        return logits_PC
+        return self._wiring.classify(h_PH, slot_P, sample_P)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _part(self, method: Method, knobs: Any) -> _Part:
-        shared = method.shared(knobs, self.scope)
-        return _Part(method, knobs, method.sites(knobs, self.scope), shared)
+    def _add_foreign(
+        self,
+        slot: int,
+        method: Method,
+        knobs: Any,
+        seed: int,
+        tensors: Mapping[str, Tensor] | None,
+        task: Task | None,
+    ) -> None:
+        if isinstance(task, Classification):
+            raise MethodError(f"the method {method.name} has no classification head; take one of this project's own")
+        foreign = method.inject(knobs, self._wiring.model, self.scope, seed)
+        try:
+            if tensors is not None:
+                foreign.load(tensors)
+        except BaseException:
+            foreign.remove()
+            raise
+        self._slots[slot] = Slot(seed, task, [Part(method, foreign.knobs, {}, {})], foreign)
 
-    def _start(self, parts: list[_Part], seed: int) -> dict[str, Tensor]:
-        return {
-            f"{site}.{name}": value
-            for part in parts
-            for site in part.own
-            for name, value in part.method.start(part.knobs, site, self.scope, _generator(seed, site)).items()
-        }
+    def _foreign(self, slot: int | None = None) -> dict[str, nn.Parameter]:
+        """The trained tensors that are in no stack, of one slot or of all."""
+        slots = self._slots.values() if slot is None else [self._slots[slot]]
+        return {n: p for here in slots if here.foreign for n, p in here.foreign.parameters.items()}
 
-    def _check(self, parts: list[_Part], values: Mapping[str, Tensor]) -> None:
-        wanted = {
-            f"{site}.{name}": shape
-            for part in parts
-            for site in part.own
-            for name, shape in part.method.shapes(part.knobs, site, self.scope).items()
-        }
-        wrong = [f"{n} is missing" for n in wanted if n not in values]
-        wrong += [f"{n} is not one of this method's on this base" for n in values if n not in wanted]
-        wrong += [
-            f"{n} has shape {list(values[n].shape)}, not {list(shape)}"
-            for n, shape in wanted.items()
-            if n in values and tuple(values[n].shape) != shape
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
-            raise DeltaError(f"the delta's tensors do not fit: {'; '.join(wrong[:3])}{more}")
-
-    def _fill(self, slot: int, part: _Part, seed: int, values: Mapping[str, Tensor]) -> None:
+    def _fill(self, slot: int, part: Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites
         for site in [*part.own, *part.shared]:
-            here = sites.setdefault(site, {}).setdefault(part.method.name, Site(site, part.method, part.sites[site]))
+            here = sites.setdefault(site, {}).setdefault(part.key(site), Site(site, part.method, part.sites[site]))
             self._wiring.attach(site, here.hook)
             self._wiring.changed(site)
             if site in part.shared:
-                here.stacks, here.borrowed = sites[part.shared[site]][part.method.name].stacks, True
+                here.stacks, here.borrowed = sites[part.shared[site]][part.key(part.shared[site])].stacks, True
             else:
                 names = part.method.shapes(part.knobs, site, self.scope)
                 self._put(here, slot, part, {name: values[f"{site}.{name}"] for name in names})
             here.knobs[slot], here.seeds[slot] = part.knobs, seed
 
-    def _put(self, here: Site, slot: int, part: _Part, values: Mapping[str, Tensor]) -> None:
+    def _put(self, here: Site, slot: int, part: Part, values: Mapping[str, Tensor]) -> None:
         here.knobs[slot] = part.knobs
         for name, value in values.items():
             trained = part.method.trained(part.knobs, name, tuple(value.shape))
             here.stacks.setdefault(name, Stack()).put(slot, self._own(value), trained)
-        for name, value in part.method.constants(part.knobs, here.name, self.scope).items():
+        constants = {} if self._empty else part.method.constants(part.knobs, here.name, self.scope)
+        for name, value in constants.items():
             here.constants.setdefault(name, Stack()).put(slot, self._own(value), None)
         self._wiring.changed(here.name)
 
@@ -346,14 +359,10 @@ class Bank:
     def _own_stacks(self, slot: int) -> Iterator[tuple[str, Stack]]:
         for part in self._slots[slot].parts:
             for site in part.own:
-                for name, stack in self._wiring.sites[site][part.method.name].stacks.items():
+                for name, stack in self._wiring.sites[site][part.key(site)].stacks.items():
                     yield f"{site}.{name}", stack
 
     def _stacks(self) -> Iterator[Stack]:
         for kinds in self._wiring.sites.values():
             for here in kinds.values():
                 yield from () if here.borrowed else here.stacks.values()
-
-
-def _generator(seed: int, site: str) -> torch.Generator:
-    return torch.Generator().manual_seed(hash_ints(seed, hash_text(site)))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.base.linear import project
+from orchestrator.base.low_rank import LowRank
 from orchestrator.config.method import Lora
 from orchestrator.methods.lora import A, B, LoRA
 from orchestrator.methods.method import Method, Params, Scope, Shape
@@ -59,6 +60,10 @@ class DoRA(LoRA):
         moved_OI = base["weight"] + change["weight"]
         factor_O1 = (tensors[M].float() / moved_OI.norm(dim=1)).unsqueeze(1)
         return {"weight": factor_O1 * moved_OI - base["weight"]}
+
+    def low_rank(self, knobs: Lora, site: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+        """The factor m/n makes it more than that."""
+        return None
 
 
 def _squares(site: str, scope: Scope) -> Tensor:

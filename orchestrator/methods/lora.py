@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from orchestrator.base.low_rank import LowRank
 from orchestrator.config.method import Lora
 from orchestrator.errors import MethodError
 from orchestrator.methods.method import Hook, Method, Params, Scope, Shape
-from orchestrator.methods.targets import match, rematch
+from orchestrator.methods.targets import match, rematch, shortest
 
 A, B = "lora_A.weight", "lora_B.weight"
 # peft options that change the function and that this method does not have.
@@ -33,7 +34,15 @@ _REFUSED = {
     "target_parameters": "targets that are not linear layers",
     "alora_invocation_tokens": "activated LoRA",
     "layer_replication": "replicated layers",
+    "exclude_modules": "layers that are left out",
+    "use_qalora": "QALoRA's pooled inputs",
+    "use_bdlora": "block-diagonal matrices",
+    "arrow_config": "Arrow's routing",
+    "kasa_config": "KaSA's singular values",
+    "monteclora_config": "MonteCLoRA's sampling",
 }
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of peft's that change the base's own weights; what is saved of them stands on the changed base."""
 _WHOLE_SVD = 1024
 """Up to this many rows or columns the singular directions are exact; beyond, by subspace iteration (peft's 16)."""
 
@@ -77,7 +86,7 @@ class LoRA(Method):
                 raise MethodError(
                     f"start: loftq makes up for quantization, and {site} is not quantized; take start: zero"
                 )
-        b_OR, a_RI = _directions(weight_OI / _scale(knobs, site), _rank(knobs, site), generator)
+        b_OR, a_RI = directions(weight_OI / _scale(knobs, site), _rank(knobs, site), generator)
         if knobs.start == "loftq":
             return {A: a_RI, B: b_OR}
         return {A: torch.cat([a_RI, a_RI]), B: torch.cat([b_OR, -b_OR], dim=1)}
@@ -115,6 +124,10 @@ class LoRA(Method):
         """``s B A``."""
         return {"weight": (tensors[B].float() @ tensors[A].float()) * _scale(knobs, site)}
 
+    def low_rank(self, knobs: Lora, site: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+        """``s B A``."""
+        return LowRank(tensors[A], tensors[B], _scale(knobs, site))
+
     def resized(
         self, old: Lora, new: Lora, tensors: Mapping[str, Tensor], site: str, scope: Scope, generator: torch.Generator
     ) -> dict[str, Tensor]:
@@ -133,8 +146,7 @@ class LoRA(Method):
 
     def to_peft(self, knobs: Lora, sites: Sequence[str], scope: Scope) -> dict[str, Any]:
         """peft's ``LoraConfig``; a ``pissa`` start is a plain LoRA of twice the rank."""
-        short = sorted({s.rsplit(".", 1)[-1] for s in sites})
-        whole = [s for s in scope.linears if s.rsplit(".", 1)[-1] in short]
+        targets = shortest(sites, scope.modules)
         twice = 2 if knobs.start == "pissa" else 1
         rank, alpha = knobs.rank * twice, _alpha(knobs.alpha, knobs, twice)
         ranks = {s: _rank(knobs, s) * twice for s in sites}
@@ -150,14 +162,20 @@ class LoRA(Method):
             "use_dora": knobs.dora,
             "rank_pattern": {f"{scope.prefix}{s}": r for s, r in ranks.items() if r != rank},
             "alpha_pattern": {f"{scope.prefix}{s}": a for s, a in alphas.items() if a != alpha},
-            "target_modules": short if whole == list(sites) else [f"{scope.prefix}{s}" for s in sites],
+            "target_modules": [s if "." not in s else f"{scope.prefix}{s}" for s in targets],
             "fan_in_fan_out": bool(sites) and all(s in scope.transposed for s in sites),
             "bias": "none",
         }
 
     def from_peft(self, config: Mapping[str, Any]) -> Lora:
-        """Knobs of peft's LoRA; however it started, what it holds is B A."""
+        """Knobs of peft's LoRA, if what it holds is B A beside the base as it is."""
         asked = [why for key, why in _REFUSED.items() if config.get(key)]
+        start = str(config.get("init_lora_weights", "")).lower()
+        if start.startswith(_MOVES_BASE):
+            raise MethodError(
+                f"this peft LoRA started as {start}, which changes the base's own weights; peft makes it one for the "
+                "base as it is with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
         asked += ["trained biases"] if config.get("bias", "none") != "none" else []
         if asked:
             raise MethodError(f"this peft LoRA has {', '.join(asked)}, which the method lora does not do")
@@ -193,7 +211,7 @@ def _pattern(key: str) -> str:
     return rf"(?:.*\.)?(?:{key})"
 
 
-def _directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def directions(weight_OI: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """``B`` [O, R] and ``A`` [R, I], whose product is the best approximation of that rank (Eckart & Young 1936)."""
     if min(weight_OI.shape) <= max(_WHOLE_SVD, rank):
         u_OR, s_R, v_RI = torch.linalg.svd(weight_OI, full_matrices=False)

@@ -13,9 +13,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from orchestrator.base.low_rank import LowRank
 from orchestrator.config import Knobs
 from orchestrator.errors import MethodError
 from orchestrator.methods.drop import Drop
+from orchestrator.methods.foreign import Foreign
 from orchestrator.methods.scope import Scope as Scope  # methods import it from here
 
 Hook = Literal["input", "output", "sublayer", "embed", "key_value", "head"]
@@ -54,6 +56,8 @@ class Method(ABC):
     """Its torch-free knobs in ``config``."""
     packs: bool = True
     """Whether slots of it may share a base with others in training; else it runs solo."""
+    mixes: bool = True
+    """Whether its tensors lie in the bank's stacks, beside other slots'. Else ``inject`` makes what computes it."""
     uses_base_output: bool = False
     """Whether the hook ``output`` looks at the base's output."""
     peft_type: str | None = None
@@ -66,6 +70,10 @@ class Method(ABC):
     def variant(self, knobs: Any) -> "Method":
         """The implementation for these knobs, where they ask for another kernel; else itself."""
         return self
+
+    def inject(self, knobs: Any, model: nn.Module, scope: Scope, seed: int) -> Foreign:
+        """Modules that compute it in the bank's place, put into the model; for a method that does not mix."""
+        raise NotImplementedError
 
     @abstractmethod
     def sites(self, knobs: Any, scope: Scope) -> dict[str, Hook]:
@@ -138,7 +146,7 @@ class Method(ABC):
         raise NotImplementedError
 
     def embed(self, e_GMO: Tensor, position_GM: Tensor, p: Params) -> Tensor:
-        """Added to the input embeddings. Virtual tokens are at the positions below ``virtual_tokens``."""
+        """Added to the input embeddings, in which virtual tokens, at positions below ``virtual_tokens``, are zero."""
         raise NotImplementedError
 
     def key_value(self, p: Params) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,21 +166,38 @@ class Method(ABC):
         ``base`` holds the site's own parameters, fp32. A bias that ``base`` has not is one that the site lacks.
         """
 
+    def low_rank(self, knobs: Any, site: str, tensors: Mapping[str, Tensor]) -> LowRank | None:
+        """The parts of a weight change ``s B A``, for a slot that has all tokens; None where it is no such change."""
+        return None
+
     def resized(
         self, old: Any, new: Any, tensors: Mapping[str, Tensor], site: str, scope: Scope, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """The tensors at another size, the function kept where the new size can hold it."""
         raise MethodError(f"a slot of {self.name} keeps its size; remove it and add another")
 
+    def importance_samples(self, knobs: Any) -> int:
+        """Training samples on which ``Scope.importance`` is to be measured before ``start``; 0 for none."""
+        return 0
+
     def rechosen(
-        self, knobs: Any, step: int, tensors: Mapping[str, Tensor], site: str, generator: torch.Generator
+        self,
+        knobs: Any,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        site: str,
+        scope: Scope,
+        generator: torch.Generator,
     ) -> dict[str, Tensor] | None:
-        """After ``step`` steps: the site's tensors with another choice of weights; None to leave them."""
+        """After ``step`` steps: the site's tensors with another choice of weights; None to leave them.
+
+        Beside the tensors, ``kept``: which entries of a trained one stayed, in the new order.
+        """
         return None
 
     def to_peft(self, knobs: Any, sites: Sequence[str], scope: Scope) -> dict[str, Any]:
         """Content of ``adapter_config.json``; peft's own where peft has the method, else ours."""
-        return {"peft_type": f"MANTA_{self.name.upper()}", "base_model_name_or_path": scope.base_id}
+        return {"peft_type": f"MANTA_{knobs.type.upper()}", "base_model_name_or_path": scope.base_id}
 
     def from_peft(self, config: Mapping[str, Any]) -> Any:
         """Knobs from an ``adapter_config.json``.

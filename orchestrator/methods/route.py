@@ -27,6 +27,11 @@ class Group:
     count: int
     """N."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether all tokens are one slot's."""
+        return len(self.slots) == 1 and self.index_K is None and self.owned_N1 is None
+
     def pick(self, x: Tensor) -> Tensor:
         """[B, T, ...] to [G, M, F]. A short group is filled up with tokens of its own slot."""
         x_NF = x.reshape(self.count, -1)
@@ -41,7 +46,7 @@ class Group:
             y_NF = y_NF.index_select(0, self.back_N)
         if self.owned_N1 is not None:
             y_NF = torch.where(self.owned_N1, y_NF, 0)  # not a product: 0 * NaN is NaN
-        return y_NF.view(like.shape)
+        return y_NF.reshape(like.shape)
 
 
 @dataclass
@@ -58,9 +63,12 @@ class Route:
     """Each slot's step count, for dropout."""
     training: bool = False
     """Whether dropout is on."""
+    prefixed: bool = True
+    """Whether prefixes of keys and values are added; not where a cache holds them."""
     device: torch.device | str = "cpu"
     """Where the activations are."""
     _groups: dict[tuple[int, ...], Group | None] = field(default_factory=dict)
+    _rows: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _tokens: dict[int, Tensor] = field(default_factory=dict)
     _shared: "Route | None" = None
 
@@ -95,6 +103,15 @@ class Route:
             slot = next(iter(self._tokens), -1)
             self._shared = Route(torch.full(tuple(shape), slot), device=self.device)
         return self._shared
+
+    def rows(self, slots: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """For each row [B] the place of its slot among ``slots``, and whether it is there. A row is of one slot."""
+        if slots not in self._rows:
+            place = {slot: i for i, slot in enumerate(slots)}
+            of_row = [place.get(s) for s in self.slot_BT[:, 0].tolist()]
+            index_B = torch.tensor([i or 0 for i in of_row], device=self.device)
+            self._rows[slots] = index_B, torch.tensor([i is not None for i in of_row], device=self.device)
+        return self._rows[slots]
 
     def _make(self, slots: tuple[int, ...]) -> Group | None:
         active = tuple(s for s in slots if s in self._tokens)

@@ -9,9 +9,11 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from orchestrator.base.attention import NAME
 from orchestrator.base.encoder import positional_linears
 from orchestrator.base.linear import dense_parameters, is_transposed, linear_shape, linear_sites
 from orchestrator.base.model import decoder_layers, text_config
+from orchestrator.base.norm import is_norm, norm_features, takes_off_mean
 from orchestrator.errors import MethodError
 
 _ATTENTION_OUT = ("o_proj", "out_proj", "c_proj", "dense", "Wo")
@@ -34,6 +36,10 @@ def _no_weights(site: str) -> dict[str, Tensor]:
     raise MethodError(f"the weights of {site} are not at hand")
 
 
+def _not_measured(site: str) -> Tensor:
+    raise MethodError(f"how much each weight of {site} matters was not measured: a training run does that at its start")
+
+
 def _no_tokens(text: str) -> list[int]:
     raise MethodError("no tokenizer is at hand to read a text with")
 
@@ -50,6 +56,8 @@ class Scope:
     """Linears and normalization layers that have a bias."""
     norms: dict[str, int]
     """Every normalization layer: name -> features."""
+    takes_off_mean: dict[str, bool]
+    """Those that are LayerNorm (True) or RMSNorm (False); others are neither."""
     embeddings: dict[str, tuple[int, int]]
     """Every embedding: name -> (V, H)."""
     words: str
@@ -70,10 +78,14 @@ class Scope:
     """Hidden size H."""
     modules: frozenset[str] = frozenset()
     """Names of all modules."""
+    others: tuple[str, ...] = ()
+    """Parameters inside the layers that belong to no linear and no normalization layer, such as fused experts."""
     shared_inputs: frozenset[str] = frozenset()
     """Linears that see more than tokens: relative positions, which all rows of a pass share (DeBERTa)."""
     base_id: str = ""
     """Name of the base, for the delta's own config."""
+    embed_scale: float = 1.0
+    """What the embedding of the input tokens multiplies its weights by (Gemma 3)."""
     prefix: str = ""
     """What transformers' task models put before these names (``bert.``); empty where the base is one."""
     weights: Callable[[str], dict[str, Tensor]] = field(default=_no_weights, compare=False, repr=False)
@@ -81,6 +93,8 @@ class Scope:
     is sharded, every rank must ask."""
     source: Callable[[str], Tensor] = field(default=_no_weights, compare=False, repr=False)  # type: ignore[assignment]
     """A linear's weight [O, I] as it was before quantization, fp32, on the CPU."""
+    importance: Callable[[str], Tensor] = field(default=_not_measured, compare=False, repr=False)
+    """How much each of a linear's weights [O, I] matters to the training data, fp32, on the CPU."""
     encode: Callable[[str], list[int]] = field(default=_no_tokens, compare=False, repr=False)
     """Token ids of a text, without special tokens."""
 
@@ -97,7 +111,8 @@ class Scope:
         name, layers = decoder_layers(model)
         linears = dict(linear_sites(layers, name))
         modules = dict(model.named_modules())
-        norms = {n: m for n, m in modules.items() if _is_norm(m)}
+        norms = {n: m for n, m in modules.items() if is_norm(m)}
+        kinds = {n: kind for n, m in norms.items() if (kind := takes_off_mean(m)) is not None}
         embeddings = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding)}
         named: Any = model
         words = next(n for n, m in embeddings.items() if m is named.get_input_embeddings())
@@ -106,7 +121,8 @@ class Scope:
             linears={site: linear_shape(module) for site, module in linears.items()},
             transposed=frozenset(s for s, m in linears.items() if is_transposed(m)),
             biased=frozenset(n for n, m in {**linears, **norms}.items() if getattr(m, "bias", None) is not None),
-            norms={n: _features(m) for n, m in norms.items()},
+            norms={n: norm_features(m) for n, m in norms.items()},
+            takes_off_mean=kinds,
             embeddings={n: (m.num_embeddings, m.embedding_dim) for n, m in embeddings.items()},
             words=words,
             head=next((n for n, m in modules.items() if m is out), None) if out is not None else None,
@@ -117,8 +133,14 @@ class Scope:
             count=len(layers),
             width=text_config(model).hidden_size,
             modules=frozenset(modules),
+            others=tuple(
+                f"{name}.{n}"
+                for n, _ in layers.named_parameters()
+                if f"{name}.{n}".rpartition(".")[0] not in {**linears, **norms}
+            ),
             shared_inputs=frozenset(n for n in linears if n.rsplit(".", 1)[-1] in positional_linears(model)),
             base_id=base_id,
+            embed_scale=_embed_scale(embeddings[words]),
             prefix="" if out is not None else f"{named.base_model_prefix}.",
             weights=lambda site: dense_parameters(model.get_submodule(site)),
             source=source or _no_weights,  # type: ignore[arg-type]
@@ -131,14 +153,9 @@ class Scope:
         return int(rest.split(".")[0]) if not head and rest else None
 
 
-def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter) and not list(module.children())
-
-
-def _features(module: Any) -> int:
-    """Features that a normalization layer scales, whether or not its weight is here."""
-    return int(getattr(module.weight, "ds_numel", module.weight.numel()))
+def _embed_scale(words: Any) -> float:
+    # The plain number where there is one: a buffer of an empty model has no value.
+    return float(getattr(words, "scalar_embed_scale", getattr(words, "embed_scale", 1.0)))
 
 
 def _blocks(layer: str, linears: Mapping[str, nn.Module], model: nn.Module) -> list[tuple[str, SubLayer]]:
@@ -154,16 +171,17 @@ def _blocks(layer: str, linears: Mapping[str, nn.Module], model: nn.Module) -> l
         if starts:
             found.append((ends[-1], SubLayer("attention", starts[0])))
     ends = [n for n in feed_forward if linear_shape(linears[n])[0] == width]
-    if ends and feed_forward[0] != ends[-1]:
+    fused = any("Experts" in type(m).__name__ for n, m in model.named_modules() if n.startswith(layer))
+    if not fused and ends and feed_forward[0] != ends[-1]:
         found.append((ends[-1], SubLayer("feed_forward", feed_forward[0])))
     return found
 
 
 def _attention(model: Any, layers: str) -> dict[str, tuple[int, int]]:
     """Modules that hand their keys and values to the attention function that this project registers."""
-    if not getattr(model, "_supports_sdpa", False):
-        return {}
     config = text_config(model)
+    if not getattr(model, "_supports_sdpa", False) or config._attn_implementation not in ("sdpa", NAME):
+        return {}
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -5,14 +5,33 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.config import Classification, Knobs
-from orchestrator.errors import MethodError
+from orchestrator.methods.bitfit import BitFit
+from orchestrator.methods.bottleneck import Bottleneck
+from orchestrator.methods.full import Full
 from orchestrator.methods.head import Head
+from orchestrator.methods.ia3 import IA3
+from orchestrator.methods.last_layers import LastLayers
 from orchestrator.methods.lora import LoRA
 from orchestrator.methods.method import Method
+from orchestrator.methods.norms import Norms
+from orchestrator.methods.passthrough import Passthrough
+from orchestrator.methods.prefix import Prefix
+from orchestrator.methods.prompt import Prompt
 from orchestrator.methods.scope import Scope
+from orchestrator.methods.sparse import Sparse
 
 METHODS: dict[str, Method] = {
+    "bitfit": BitFit(),
+    "bottleneck": Bottleneck(),
+    "full": Full(),
+    "ia3": IA3(),
+    "last_layers": LastLayers(),
     "lora": LoRA(),
+    "norms": Norms(),
+    "peft": Passthrough(),
+    "prefix": Prefix(),
+    "prompt": Prompt(),
+    "sparse": Sparse(),
 }
 HEAD_MODULES = ("score", "classifier")
 """What transformers' sequence classifiers call their heads, which peft saves whole beside the method."""
@@ -45,16 +64,13 @@ def head_parameters(task: Classification, scope: Scope) -> int:
 
 
 def knobs_from_peft(config: Mapping[str, Any]) -> Any:
-    """Knobs read off an ``adapter_config.json``.
+    """Knobs read off an ``adapter_config.json``; of a type without a counterpart here, those that hand it through.
 
     Raises:
-        MethodError: peft's type has no counterpart here, or asks for something that it does not do.
+        MethodError: peft has no such type, or it asks for something that is not done here.
     """
     kind = config.get("peft_type")
-    found = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), None)
-    if found is None:
-        known = ", ".join(sorted(m.peft_type for m in METHODS.values() if m.peft_type))
-        raise MethodError(f"peft type {kind!r} has no counterpart here; there is {known}")
+    found = next((m for m in METHODS.values() if m.peft_type is not None and m.peft_type == kind), METHODS["peft"])
     if config.get("task_type") == "SEQ_CLS" and set(config.get("modules_to_save") or ()) <= set(HEAD_MODULES):
         config = {**config, "modules_to_save": None}  # the head is the task's
     return found.from_peft(config)

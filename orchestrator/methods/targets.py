@@ -9,13 +9,17 @@ from orchestrator.errors import MethodError
 
 T = TypeVar("T")
 ALL_LINEAR = "all-linear"
+ALL_NORMS = "all-norms"
+_WHAT = {ALL_LINEAR: "linear layer", ALL_NORMS: "normalization layer"}
 
 
-def match(targets: Sequence[str], sites: Iterable[str], key: str = "method.targets") -> list[str]:
+def match(
+    targets: Sequence[str], sites: Iterable[str], key: str = "method.targets", every: str = ALL_LINEAR
+) -> list[str]:
     """The sites that any target names, in the model's order.
 
-    A target is ``all-linear``, the end of a dotted name (``q_proj``, ``self_attn.q_proj``) or a regular expression
-    that matches a whole name.
+    A target is ``every``, the end of a dotted name (``q_proj``, ``self_attn.q_proj``) or a regular expression that
+    matches a whole name.
 
     Raises:
         MethodError: a target matches nothing; names the nearest, and ``key``, where the target stands.
@@ -24,12 +28,12 @@ def match(targets: Sequence[str], sites: Iterable[str], key: str = "method.targe
     found: set[str] = set()
     wrong = []
     for target in targets:
-        hits = known if target == ALL_LINEAR else [s for s in known if s == target or s.endswith(f".{target}")]
+        hits = known if target == every else [s for s in known if s == target or s.endswith(f".{target}")]
         if not hits:
             hits = [s for s in known if _full(target, s)]
         found.update(hits)
         if not hits:
-            wrong.append(_unmatched(target, known, key))
+            wrong.append(_unmatched(target, known, key, every))
     if wrong:
         raise MethodError("; ".join(wrong))
     return [s for s in known if s in found]
@@ -42,6 +46,13 @@ def _full(target: str, site: str) -> bool:
         raise MethodError(f"target {target!r} is neither a layer name nor a regular expression ({e})") from e
 
 
+def shortest(sites: Sequence[str], modules: Iterable[str]) -> list[str]:
+    """Ends of names that match these sites and no other module, as peft matches; else the whole names."""
+    ends = sorted({s.rsplit(".", 1)[-1] for s in sites})
+    hits = {m for m in modules if m.rsplit(".", 1)[-1] in ends}
+    return ends if hits == set(sites) else list(sites)
+
+
 def rematch(choices: Mapping[str, T], site: str, default: T) -> T:
     """The value of the first target that names a site."""
     return next((value for target, value in choices.items() if _hits(target, site)), default)
@@ -51,10 +62,10 @@ def _hits(target: str, site: str) -> bool:
     return target == ALL_LINEAR or site == target or site.endswith(f".{target}") or _full(target, site)
 
 
-def _unmatched(target: str, known: Sequence[str], key: str) -> str:
+def _unmatched(target: str, known: Sequence[str], key: str, every: str) -> str:
     short = sorted({s.rsplit(".", 1)[-1] for s in known})
     near = difflib.get_close_matches(target.rsplit(".", 1)[-1], short, n=1, cutoff=0.0)
     return (
-        f"{key}: {target!r} matches no linear layer of this base; "
-        f"nearest is {near[0]!r}, all are {', '.join(short)} or {ALL_LINEAR}"
+        f"{key}: {target!r} matches no {_WHAT[every]} of this base; "
+        f"nearest is {near[0]!r}, all are {', '.join(short)} or {every}"
     )

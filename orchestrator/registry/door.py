@@ -24,6 +24,8 @@ _CAUSE = re.compile(
     r"(?i)connection refused|timed out|name or service not known|temporary failure in name resolution"
     r"|no route to host|network is unreachable|certificate verify failed|connection reset|too many \d+ error responses"
 )
+_DATABASE = re.compile(r"^\([\w.]*Error\) .+", re.M)
+"""What the database itself says, below SQLAlchemy's own words."""
 _FINAL = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST", "INVALID_STATE"}
 
 
@@ -117,7 +119,8 @@ class Door:
 
 
 def _short(text: str) -> str:
-    first = text.splitlines()[0] if text else "no reason given"
+    said = _DATABASE.search(text)
+    first = said.group() if said else text.splitlines()[0] if text else "no reason given"
     return first if len(first) <= 300 else f"{first[:300]}…"
 
 
@@ -139,7 +142,7 @@ def _quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in _QUIET]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)  # MLflow logs a database's error with its traceback, at each try
     try:
         yield
     finally:

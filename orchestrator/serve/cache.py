@@ -5,7 +5,7 @@ A row of the block belongs to one request. Rows 0..d-1 are the decoding ones, ke
 reads a view and copies nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,19 +86,18 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._made)
+
+    @property
+    def _made(self) -> list[_Layer]:
+        return [layer for layer in self.layers if layer.is_initialized]
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Write the new tokens' keys and values [B, H, T, D]; return those of the whole rows [B, H, length, D]."""
         window = self.window
         if window is None:
             raise ServeError("a cache without a window was written to")
-        while len(self.layers) <= layer_idx:
-            self.layers.append(_Layer())
-        layer = self.layers[layer_idx]
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        self._room(layer, window.rows, window.length)
+        layer = self._layer(layer_idx, key_states, value_states, window.rows, window.length)
         for block, new in ((layer.keys, key_states), (layer.values, value_states)):
             flat_NHD = new.transpose(1, 2).flatten(0, 1)
             block[window.row_N, :, window.place_N] = flat_NHD if window.take_N is None else flat_NHD[window.take_N]
@@ -107,26 +106,41 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
             return layer.keys[span, :, : window.length], layer.values[span, :, : window.length]
         return layer.keys[window.rows_B, :, : window.length], layer.values[window.rows_B, :, : window.length]
 
-    def _room(self, layer: _Layer, rows: int, length: int) -> None:
+    def put(self, row: int, prefix: Mapping[int, tuple[Tensor, Tensor]], dtype: torch.dtype) -> None:
+        """Write a prefix, each layer's keys and values [H, P, D], to the first places of a row."""
+        for layer_idx, (key_HPD, value_HPD) in prefix.items():
+            key_HPD, value_HPD = key_HPD.to(dtype), value_HPD.to(dtype)
+            length = key_HPD.shape[1]
+            layer = self._layer(layer_idx, key_HPD.unsqueeze(0), value_HPD.unsqueeze(0), row + 1, length)
+            layer.keys[row, :, :length], layer.values[row, :, :length] = key_HPD, value_HPD
+
+    def _layer(self, layer_idx: int, key_states: Tensor, value_states: Tensor, rows: int, length: int) -> _Layer:
+        """A layer with room for ``rows`` rows of ``length`` tokens."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(_Layer())
+        layer: _Layer = self.layers[layer_idx]
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
         have_rows, have_length = layer.keys.shape[0], layer.keys.shape[2]
         if rows > have_rows:
             rows = min(self._most_rows, max(rows, 2 * have_rows, 4))
         if length > have_length:
             length = min(self._most_length, max(-(-length // _STEP) * _STEP, 2 * have_length))
         layer.grow(rows, length)
+        return layer
 
     def move(self, source: int, target: int, length: int) -> None:
         """Move the first ``length`` tokens of row ``source`` to row ``target``."""
         if not length:  # nothing of it is read yet, and the block may not reach that far
             return
-        for layer in self.layers:
+        for layer in self._made:
             for block in (layer.keys, layer.values):
                 block[target, :, :length] = block[source, :, :length]
         self.wipe(source, length)
 
     def swap(self, one: int, other: int, length: int) -> None:
         """Exchange the first ``length`` tokens of two rows."""
-        for layer in self.layers:
+        for layer in self._made:
             for block in (layer.keys, layer.values):
                 kept = block[one, :, :length].clone()
                 block[one, :, :length] = block[other, :, :length]
@@ -134,7 +148,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is untyped
 
     def wipe(self, row: int, length: int) -> None:
         """Zero the first ``length`` tokens of a row, so that nothing of it reaches the row's next owner."""
-        for layer in self.layers:
+        for layer in self._made:
             if row < layer.keys.shape[0]:
                 layer.keys[row, :, :length] = 0
                 layer.values[row, :, :length] = 0
@@ -157,21 +171,27 @@ class Masks:
         self._windows: dict[str, int | None] = {"full_attention": None, "sliding_attention": sliding}
         # A model without layer types, such as Mistral, has its window in every layer.
         self._kinds = sorted(kinds) or ["sliding_attention" if sliding else "full_attention"]
-        self._dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
+        self.dtype = next(p.dtype for p in model.parameters() if p.dtype.is_floating_point)
 
-    def __call__(self, position_BT: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-        """The mask [B, 1, T, length] for queries at these positions; one per kind where the layers differ."""
+    def __call__(self, position_BT: Tensor, length: int, prefix: Sequence[int]) -> Tensor | dict[str, Tensor]:
+        """The mask [B, 1, T, length] for queries at these positions; one per kind where the layers differ.
+
+        The first ``prefix[b]`` keys of a row are seen by all its queries, however far.
+        """
         key_L = torch.arange(length, device=position_BT.device)
         query_BT1 = position_BT.unsqueeze(-1)
         masks: dict[str, Tensor] = {}
         for kind in self._kinds:
             seen_BTL = key_L <= query_BT1
             if (window := self._windows[kind]) is not None:
-                seen_BTL = seen_BTL & (key_L > query_BT1 - window)
+                near_BTL = key_L > query_BT1 - window
+                if any(prefix):
+                    near_BTL = near_BTL | (key_L < torch.tensor(prefix, device=key_L.device).view(-1, 1, 1))
+                seen_BTL = seen_BTL & near_BTL
             mask = seen_BTL.unsqueeze(1)
             if self._additive:
-                low = torch.finfo(self._dtype).min
-                mask = torch.zeros(mask.shape, dtype=self._dtype, device=mask.device).masked_fill(~mask, low)
+                low = torch.finfo(self.dtype).min
+                mask = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device).masked_fill(~mask, low)
             masks[kind] = mask
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

@@ -19,7 +19,7 @@ from orchestrator.config import Identity
 from orchestrator.data.batch import NO_SLOT
 from orchestrator.delta import Delta, check_base, load_delta
 from orchestrator.errors import DeltaError, MantaError, MethodError, RegistryError, ServeError
-from orchestrator.methods import Bank, from_files, knobs_from_peft
+from orchestrator.methods import Bank, from_files, knobs_from_peft, method_of
 from orchestrator.registry import Registry, check_name, parse_ref
 from orchestrator.serve.engine import Engine
 
@@ -237,6 +237,11 @@ class Deltas:
         for warning in check_base(delta.manifest, self._identity):
             log.warning("%s: %s", label, warning)
         knobs = _knobs(delta)
+        if not method_of(knobs).mixes:
+            raise MethodError(
+                f"{label}: the method {knobs.type} is the peft library's own modules, which cannot stand beside other "
+                "deltas; serve it as a LoRA (manta deltas export --lora) or with peft"
+            )
         held = Held(key, next(self._slots), label, delta.sha256)
         tensors = from_files(knobs, None, delta.tensors, self._bank.scope)
         self._engine.call(lambda: self._bank.add(held.slot, knobs, tensors=tensors)).result()

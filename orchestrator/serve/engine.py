@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 from orchestrator.errors import ServeError
 from orchestrator.serve.cache import Masks, SlotCache, window
 from orchestrator.serve.request import BusyError, Event, Request, Stats, Ticket
-from orchestrator.serve.sampling import Detokenizer, Draw, Picked, pick
+from orchestrator.serve.row import Row
+from orchestrator.serve.sampling import Picked, pick
 
 log = logging.getLogger("manta.serve")
 
@@ -31,26 +31,16 @@ log = logging.getLogger("manta.serve")
 class Routes(Protocol):
     """The part of a bank that the engine needs."""
 
-    def routed(self, slot_BT: Tensor, *, position_BT: Tensor | None = None) -> AbstractContextManager[Any]:
+    def routed(
+        self, slot_BT: Tensor, *, position_BT: Tensor | None = None, prefixed: bool = True
+    ) -> AbstractContextManager[Any]:
         """Inside it, a forward of the model adds to each token what its slot's delta says."""
 
+    def lead(self, slot: int) -> tuple[int, int]:
+        """A slot's virtual tokens and length of prefix."""
 
-@dataclass(slots=True, eq=False)
-class _Row:
-    """One running request."""
-
-    ticket: Ticket
-    order: int
-    index: int
-    tokens: list[int]
-    draw: Draw
-    text: Detokenizer
-    cached: int = 0
-
-    @property
-    def left(self) -> int:
-        """Prompt tokens not read yet; 0 while decoding."""
-        return max(0, len(self.ticket.request.prompt) - self.cached)
+    def prefix(self, slot: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """A slot's prefix, keys and values [heads, P, D], of each layer."""
 
 
 class Engine:
@@ -83,7 +73,7 @@ class Engine:
         self._device = next(model.parameters()).device
         self._masks = Masks(model)
         self._cache = SlotCache(rows, self.length)
-        self._rows: list[_Row] = []  # decoding ones first
+        self._rows: list[Row] = []  # decoding ones first
         self._decoding = 0
         self._order = itertools.count()
         self._waiting: deque[Ticket] = deque()
@@ -97,6 +87,10 @@ class Engine:
 
     # -- from any thread ------------------------------------------------------------------------------------------
 
+    def room(self, slot: int) -> int:
+        """Most tokens of prompt and answer together; what a delta puts before them takes its part."""
+        return self.length - sum(self._bank.lead(slot))
+
     def submit(self, requests: Sequence[Request], *, loop: asyncio.AbstractEventLoop | None = None) -> list[Ticket]:
         """Take in all of ``requests`` or none.
 
@@ -107,10 +101,11 @@ class Engine:
         for request in requests:
             if not request.prompt:
                 raise ServeError("the prompt is empty; it must have at least one token")
-            if len(request.prompt) + request.sampling.max_tokens > self.length:
+            room = self.room(request.slot)
+            if len(request.prompt) + request.sampling.max_tokens > room:
                 raise ServeError(
                     f"{len(request.prompt)} prompt tokens + max_tokens {request.sampling.max_tokens} "
-                    f"exceed the limit of {self.length} tokens"
+                    f"exceed the limit of {room} tokens"
                 )
             if not all(0 <= token < self.vocabulary for token in request.prompt):
                 raise ServeError(f"a token id is outside 0..{self.vocabulary - 1}")
@@ -199,16 +194,19 @@ class Engine:
         for ticket in gone:
             self._done(ticket, Event(finish="cancelled"))
         for ticket in admitted:
-            request = ticket.request
-            text = Detokenizer(self._tokenizer, request.prompt, request.sampling.stop)
-            draw = Draw(request.sampling)
-            row = _Row(ticket, next(self._order), len(self._rows), list(request.prompt), draw, text)
+            slot = ticket.request.slot
+            row = Row.of(ticket, next(self._order), len(self._rows), self._bank.lead(slot), self._tokenizer)
             self._rows.append(row)
-            self.stats.prompt_tokens += len(request.prompt)
+            self.stats.prompt_tokens += len(ticket.request.prompt)
+            if row.prefix:
+                try:
+                    self._cache.put(row.index, self._bank.prefix(slot), self._masks.dtype)
+                except Exception as error:
+                    self._fail(row, error)
 
-    def _prompts(self) -> list[tuple[_Row, int]]:
+    def _prompts(self) -> list[tuple[Row, int]]:
         """Rows whose prompts are read in this step, oldest first: no more padded tokens than one chunk."""
-        lines: list[tuple[_Row, int]] = []
+        lines: list[tuple[Row, int]] = []
         longest = 0
         for row in sorted(self._rows[self._decoding :], key=lambda row: row.order):
             count = min(self._chunk, row.left)
@@ -218,7 +216,7 @@ class Engine:
             lines.append((row, count))
         return sorted(lines, key=lambda line: line[0].index)
 
-    def _advance(self, lines: list[tuple[_Row, int]]) -> None:
+    def _advance(self, lines: list[tuple[Row, int]]) -> None:
         """Feed ``count`` more tokens of each row; a row whose prompt is through gets its next token.
 
         Where the forward raises, each half is tried alone, so that only the rows that cause it fail. Trying again
@@ -247,7 +245,7 @@ class Engine:
                 self._promote(row)
             self._accept(row, one)
 
-    def _forward(self, lines: list[tuple[_Row, int]]) -> Tensor:
+    def _forward(self, lines: list[tuple[Row, int]]) -> Tensor:
         """Logits [B, V] after the last token of each line."""
         counts = [count for _, count in lines]
         longest = max(counts)
@@ -263,11 +261,12 @@ class Engine:
         view = window([row.index for row, _ in lines], [row.cached for row, _ in lines], counts, device)
         ends = sorted({count - 1 for count in counts})
         self._cache.window = view
-        with self._bank.routed(slot_BT, position_BT=position_BT):
+        mask = self._masks(position_BT, view.length, [row.prefix for row, _ in lines])
+        with self._bank.routed(slot_BT, position_BT=position_BT, prefixed=False):  # prefixes are in the cache
             logits: Tensor = self._model(
                 input_ids=token_BT,
                 position_ids=position_BT,
-                attention_mask=self._masks(position_BT, view.length),
+                attention_mask=mask,
                 past_key_values=self._cache,
                 use_cache=True,
                 logits_to_keep=torch.tensor(ends, device=device),
@@ -278,7 +277,7 @@ class Engine:
         which = torch.tensor([ends.index(count - 1) for count in counts], device=device)
         return logits[torch.arange(len(lines), device=device), which]
 
-    def _accept(self, row: _Row, picked: Picked) -> None:
+    def _accept(self, row: Row, picked: Picked) -> None:
         """Append a token to a row, and end the row where it ends."""
         params = row.ticket.request.sampling
         if picked.token < 0:
@@ -299,7 +298,7 @@ class Engine:
         else:
             self._mail.append((row.ticket, Event(text, picked)))
 
-    def _promote(self, row: _Row) -> None:
+    def _promote(self, row: Row) -> None:
         """From reading its prompt to decoding: the row takes the place behind the last decoding one."""
         other = self._rows[self._decoding]
         if other is not row:
@@ -308,7 +307,7 @@ class Engine:
             row.index, other.index = other.index, row.index
         self._decoding += 1
 
-    def _remove(self, row: _Row, event: Event) -> None:
+    def _remove(self, row: Row, event: Event) -> None:
         """Take a row out; the last row of its kind moves into the hole, and the last of all into that one's."""
         hole = row.index
         # A masked key still takes part in a product: no NaN or infinity may stay for the next owner.
@@ -328,7 +327,7 @@ class Engine:
             self._rows[hole], moved.index = moved, hole
         return source
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         self.stats.failed += 1
         message = str(error) or type(error).__name__
         self._remove(row, Event(finish="error", error=message))

@@ -187,11 +187,12 @@ class _Api:
         self, wish: ChatRequest | CompletionRequest, prompts: list[list[int]], limit: int | None, lease: Lease
     ) -> list[work.Request]:
         made: list[work.Request] = []
+        room = self._engine.room(lease.slot)
         for prompt in prompts:
-            most = self._engine.length - len(prompt) if limit is None else limit
-            if most < 1 or len(prompt) + most > self._engine.length:
+            most = room - len(prompt) if limit is None else limit
+            if most < 1 or len(prompt) + most > room:
                 asked = f"{len(prompt)} tokens of prompt" + ("" if limit is None else f" + {limit} of answer")
-                message = f"{asked} are more than this endpoint's {self._engine.length}"
+                message = f"{asked} are more than this endpoint's {room}"
                 raise _Refused(413, message, param="messages", code="context_length_exceeded")
             for _ in range(wish.n):
                 params = sampling(wish, most, len(made), self._engine.vocabulary)

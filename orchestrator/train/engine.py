@@ -6,7 +6,8 @@ all, so it could not keep trials apart).
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,13 +47,32 @@ class Engine:
         self._deepspeed.zero.Init(module=module, config_dict_or_path=self.config, dtype=self.dtype)
 
     def start(self, model: Any) -> Any:
-        """The model to call, with DeepSpeed's gathering hooks where it is sharded."""
+        """The model to call, with DeepSpeed's gathering hooks where it is sharded; the same one when called again."""
         if self.stage != 3:
             return model
+        if self._engine is not None:
+            return self._engine.module
         _, layers = decoder_layers(model)
         self._deepspeed.utils.set_z3_leaf_modules(model, sorted({type(m) for m in layers}, key=str))
         self._engine, *_ = self._deepspeed.initialize(model=model, config=self.config)
         return self._engine.module
+
+    @contextmanager
+    def alike(self, model: Any) -> Iterator[None]:
+        """Inside, every rank's backward pass goes down to the embeddings, whatever its rows' slots train.
+
+        A sharded layer is gathered by all ranks at once: one whose rows train only the last layers would leave the
+        others waiting.
+        """
+        if self.stage != 3 or self.ranks == 1:
+            yield
+            return
+        words: nn.Module = model.get_input_embeddings()
+        handle = words.register_forward_hook(lambda _, __, out: out.requires_grad_())
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def close(self) -> None:
         """Undo DeepSpeed's hooks."""
@@ -91,7 +111,8 @@ class Engine:
     def broadcast(self, values: Sequence[Tensor], rank: int) -> None:
         """Copy the values from one rank to every other."""
         if self.ranks > 1:
-            _flat(list(values), lambda flat: dist.broadcast(flat, rank))
+            for dtype in dict.fromkeys(v.dtype for v in values):  # a float could not hold every index
+                _flat([v for v in values if v.dtype == dtype], lambda flat: dist.broadcast(flat, rank))
 
     def most(self, code: int) -> int:
         """The largest of the ranks' codes."""
@@ -134,15 +155,15 @@ def least(*values: int, device: torch.device) -> tuple[int, ...]:
 
 
 def _flat(values: list[Tensor], collective: Any) -> None:
-    """One collective for many tensors."""
-    if not values:
-        return
-    flat = torch.cat([v.reshape(-1) for v in values])
-    collective(flat)
-    at = 0
-    for value in values:
-        value.copy_(flat[at : at + value.numel()].view_as(value))
-        at += value.numel()
+    """One collective for many tensors, or one for each of their dtypes: no index is rounded to a float."""
+    for dtype in dict.fromkeys(v.dtype for v in values):
+        same = [v for v in values if v.dtype == dtype]
+        flat = torch.cat([v.reshape(-1) for v in same])
+        collective(flat)
+        at = 0
+        for value in same:
+            value.copy_(flat[at : at + value.numel()].view_as(value))
+            at += value.numel()
 
 
 def _import_deepspeed() -> Any:

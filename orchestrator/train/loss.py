@@ -15,6 +15,7 @@ from orchestrator.base.model import head
 from orchestrator.data.batch import IGNORE, Batch
 
 _CHUNK_BYTES = 256 * 2**20
+_MULTIPLE = 128  # rows that a GPU's tiles divide
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -28,19 +29,16 @@ class _TokenLoss(torch.autograd.Function):
         """Losses [N], fp32."""
         losses_N = torch.empty(len(h_NH), device=h_NH.device, dtype=torch.float32)
         grad_NH = torch.empty_like(h_NH) if ctx.needs_input_grad[0] else None
-        size = max(1, _CHUNK_BYTES // (4 * weight_VH.shape[0]))
+        size = _CHUNK_BYTES // (h_NH.element_size() * weight_VH.shape[0])
+        size = max(1, size // _MULTIPLE * _MULTIPLE or size)
         for at in range(0, len(h_NH), size):
             chunk = slice(at, at + size)
-            logits_CV = (h_NH[chunk] @ weight_VH.T).float()
+            logits_CV = h_NH[chunk] @ weight_VH.T
             if bias_V is not None:
                 logits_CV += bias_V
-            log_z_C = logits_CV.logsumexp(1)
-            label_C1 = labels_N[chunk].unsqueeze(1)
-            losses_N[chunk] = log_z_C - logits_CV.gather(1, label_C1).squeeze(1)
+            losses_N[chunk] = cross_entropy_(logits_CV, labels_N[chunk])
             if grad_NH is not None:
-                p_CV = logits_CV.sub_(log_z_C.unsqueeze(1)).exp_()
-                p_CV.scatter_add_(1, label_C1, torch.full_like(label_C1, -1, dtype=p_CV.dtype))
-                grad_NH[chunk] = p_CV.to(h_NH.dtype) @ weight_VH
+                grad_NH[chunk] = logits_CV @ weight_VH
         ctx.grad_NH = grad_NH
         return losses_N
 
@@ -48,6 +46,21 @@ class _TokenLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None]:
         """Gradient of the hidden states; the head is frozen."""
         return ctx.grad_NH * grad_N.unsqueeze(1).to(ctx.grad_NH.dtype), None, None, None
+
+
+def cross_entropy_(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
+    """Losses [C], fp32, of logits that their gradient ``softmax - onehot`` takes the place of."""
+    if logits_CV.is_cuda:
+        from orchestrator.base import loss_kernel  # triton comes with torch's CUDA builds alone
+
+        return loss_kernel.cross_entropy_(logits_CV, labels_C)
+    exact_CV = logits_CV.float()
+    log_z_C1 = exact_CV.logsumexp(1, keepdim=True)
+    label_C1 = labels_C.unsqueeze(1)
+    losses_C = (log_z_C1 - exact_CV.gather(1, label_C1)).squeeze(1)
+    p_CV = (exact_CV - log_z_C1).exp_()
+    logits_CV.copy_(p_CV.scatter_add_(1, label_C1, torch.full_like(p_CV[:, :1], -1)))
+    return losses_C
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:

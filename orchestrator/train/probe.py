@@ -37,8 +37,8 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
             of a mixture-of-experts model are kept by torch's own matmul; that trains, in more memory.)
     """
     one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
-    alone = _batch(slot, [two], device)
-    packed = _batch(slot, [one, two], device)
+    alone = _batch(bank, slot, [two], device)
+    packed = _batch(bank, slot, [one, two], device)
     alive = _gathered_alive(model, bank, alone, quantized, plain_loss)
     with torch.no_grad():
         want = _losses(model, bank, alone, plain_loss)
@@ -58,12 +58,13 @@ def probe_classifier(
     packs = not encoder or takes_blocks(model)
     loss = Classifier(bank, encoder=encoder, packed=packs)
     one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
-    alone, packed = (_batch(slot, rows, device, label=0) for rows in ([two], [one, two]))
+    alone, packed = (_batch(bank, slot, rows, device, label=0) for rows in ([two], [one, two]))
     alive = _gathered_alive(model, bank, alone, quantized, loss)
     with torch.no_grad():
-        plain = model(input_ids=alone.tokens_BT).last_hidden_state
+        one_row = _batch(None, slot, [two], device, label=0)
+        plain = model(input_ids=one_row.tokens_BT).last_hidden_state
         reader = Reader(model, encoder=encoder, packed=packs)
-        ours, _ = reader(alone.tokens_BT, alone.position_BT, alone.segment_BT, alone.sample_BT < 0, None)
+        ours, _ = reader(one_row.tokens_BT, one_row.position_BT, one_row.segment_BT, one_row.sample_BT < 0, None)
         if not _close(ours, plain):
             raise TrainError(
                 f"{type(model).__name__} does not count positions as this project does; it cannot train it"
@@ -77,9 +78,11 @@ def _pooled(model: Any, bank: Bank, batch: Batch, loss: Classifier) -> torch.Ten
         return loss.pool(model, batch)
 
 
-def _batch(slot: int, rows: list[list[int]], device: torch.device, label: int | None = None) -> Batch:
+def _batch(
+    bank: Bank | None, slot: int, rows: list[list[int]], device: torch.device, label: int | None = None
+) -> Batch:
     samples = [Sample(tokens, [True] * len(tokens), key, label) for key, tokens in enumerate(rows)]
-    made = collate([Row(slot, samples)], pad_id=0)
+    made = collate([Row(slot, samples, *(bank.lead(slot) if bank else ()))], pad_id=0)
     return replace(made.to(device), slot_BT=made.slot_BT)
 
 

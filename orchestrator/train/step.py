@@ -4,6 +4,7 @@ Shapes: N target tokens of a micro-batch, S slots.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,9 +72,13 @@ class Stepper:
         place[slots] = torch.arange(len(slots))
         place = place.to(device)
         sum_S = torch.zeros(len(slots), dtype=torch.float64, device=device)
+        deep = steps is not None and len(slots) > 1
         for batch in self.deal(samples):
             # Recomputed activations pass the hooks again, so the backward pass stays inside.
-            with self.bank.routed(batch.slot_BT, position_BT=batch.position_BT, sample_BT=batch.sample_BT, steps=steps):
+            with (
+                self.engine.alike(self.model) if deep else nullcontext(),
+                self.bank.routed(batch.slot_BT, position_BT=batch.position_BT, sample_BT=batch.sample_BT, steps=steps),
+            ):
                 losses_N, slot_N = self.loss(self.model, batch.to(device))
                 index_N = place[slot_N]
                 sum_S.index_add_(0, index_N, losses_N.detach().double())

@@ -77,7 +77,8 @@ class Trial:
             group["lr"] = lr * group["ratio"]
         self.optimizer.step()
         self._spread()
-        self._rechoose()
+        if self.steps_left:  # what the last step chose anew, no step would train
+            self._rechoose()
         return {"grad_norm": norm, "lr": lr}
 
     def _grads(self) -> list[Tensor]:
@@ -106,7 +107,7 @@ class Trial:
             state = self.optimizer.state.get(self.parameters[name], {})
             for moment in MOMENTS:
                 if moment in state:
-                    state[moment].mul_(kept)
+                    state[moment].mul_(kept.to(state[moment].device))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What resumes it: plain values, and full logical tensors. Every rank must call it at stages 1 and 2."""

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +17,11 @@ from orchestrator.config import Classification, Lora, Method, Run, Task
 from orchestrator.data import Prepared
 from orchestrator.delta import Delta, check_base, load_delta
 from orchestrator.errors import ConfigError, MethodError, OutOfMemoryError
-from orchestrator.methods import Bank, from_files, method_of
+from orchestrator.methods import Bank, Scope, from_files, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.engine import Engine, least
+from orchestrator.train.fisher import fisher
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
 from orchestrator.train.probe import probe, probe_classifier
@@ -32,6 +33,7 @@ from orchestrator.train.writer import DeltaWriter
 from orchestrator.train.zero import choose_stage, held_bytes
 
 T = TypeVar("T")
+Measure = Callable[[list[str], int], dict[str, torch.Tensor]]
 SLOT = 0
 
 
@@ -62,15 +64,22 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         Why it ended: ``finished``, ``stopped early``, or what told it to stop.
     """
     freeze_randomness(run.train.seed)
+    method = method_of(run.method)  # knows what the config alone cannot
     tokenizer = load_tokenizer(run.base)
     engine = _engine(run, place, reporter)
     parent = load_delta(start) if start else None
     data = first_rank_first(engine, lambda: prepare_run(run, tokenizer, parent))
     reporter.event("data", {**data.report.as_dict(), "task": data.task.model_dump(mode="json")})
     dtype = compute_dtype(run.base, place.device)
-    identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype))
+    unquantized = method.unquantized(run.method, layer_count(run))
+    identity = first_rank_first(engine, lambda: source_identity(run.base, dtype=dtype, unquantized=unquantized))
     engine.same("base", identity.source_hash)
     engine.same("data", data.digest)
+    with reporter.restored() as folder:
+        restored = read_checkpoint(folder, run.name) if folder else None
+    for delta in (parent, restored.delta if restored else None):
+        for warning in check_base(delta.manifest, identity) if delta else ():
+            reporter.event("warning", {"text": warning})
     encoder = uses_encoder(run)
     base = load_base(
         run.base,
@@ -78,7 +87,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         sharder=engine.sharder,
         identity=identity,
         encoder=encoder,
-        unquantized=method_of(run.method).unquantized(run.method, layer_count(run)),
+        unquantized=unquantized,
     )
     bank = Bank(
         base.model,
@@ -86,16 +95,16 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         base_id=run.base.id,
         source=base.source,
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
+        fuse=place.device.type == "cuda",
     )
-    with reporter.restored() as folder:
-        restored = read_checkpoint(folder, run.name) if folder else None
-    for delta in (parent, restored.delta if restored else None):
-        for warning in check_base(delta.manifest, identity) if delta else ():
-            reporter.event("warning", {"text": warning})
-    knobs = fill_slot(bank, run, data.task, restored, parent)
-    engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     classifies = isinstance(data.task, Classification)
     model = engine.start(bare(base.model) if classifies else base.model)
+
+    def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
+        return fisher(model, engine, plain_loss, data.train, sites=sites, scope=bank.scope, count=count)
+
+    knobs = fill_slot(bank, run, data.task, restored, parent, measure)
+    engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     if run.train.recompute:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -150,22 +159,34 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         engine.close()
 
 
-def fill_slot(bank: Bank, run: Run, task: Task, restored: Restored | None, parent: Delta | None) -> Method:
+def fill_slot(
+    bank: Bank,
+    run: Run,
+    task: Task,
+    restored: Restored | None,
+    parent: Delta | None,
+    measure: Measure | None = None,
+) -> Any:
     """Start values, a checkpoint's, or another delta's; returns the knobs in force.
+
+    ``measure`` says how much each weight of some sites matters to so many training samples.
 
     Raises:
         MethodError: the delta to continue from has another method or size than the run asks for.
     """
     delta = restored.delta if restored else parent
     if delta is None:
-        bank.add(SLOT, run.method, seed=run.train.seed, task=task)
-        return run.method
+        method = method_of(run.method)
+        count = method.importance_samples(run.method)
+        importance = measure(list(method.sites(run.method, bank.scope)), count) if measure and count else None
+        bank.add(SLOT, run.method, seed=run.train.seed, task=task, importance=importance)
+        return bank.knobs(SLOT)
     knobs = knobs_of(delta)
     if not restored:
         knobs = _same_size(run.method, knobs)
     tensors = from_files(knobs, task, delta.tensors, bank.scope)
     bank.add(SLOT, knobs, seed=run.train.seed, tensors=tensors, task=task)
-    return knobs
+    return bank.knobs(SLOT)
 
 
 _LEARNING = {"type", "dropout", "lr_ratio", "rechoose_every", "rechoose_share"}
@@ -181,11 +202,20 @@ def _same_size(asked: Method, found: Method) -> Method:
     wrong = [
         f"{key}={getattr(asked, key)!r} (the delta has {getattr(found, key)!r})"
         for key in type(asked).model_fields
-        if key in asked.model_fields_set - _LEARNING and getattr(asked, key) != getattr(found, key)
+        if key in asked.model_fields_set - _LEARNING and not _agrees(getattr(asked, key), getattr(found, key))
     ]
     if wrong:
         raise MethodError(f"train.init_from keeps the delta's method and size; the run asks for {', '.join(wrong)}")
     return found.model_copy(update={k: getattr(asked, k) for k in _LEARNING & set(type(asked).model_fields)})
+
+
+def _agrees(asked: Any, found: Any) -> bool:
+    """Whether what is asked for is there; of options by name, each that is asked for."""
+    if isinstance(asked, dict) and isinstance(found, dict):
+        return all(key in found and _agrees(value, found[key]) for key, value in asked.items())
+    if isinstance(asked, list) and isinstance(found, list):
+        return sorted(asked, key=str) == sorted(found, key=str)
+    return bool(asked == found)
 
 
 def first_rank_first(engine: Engine, do: Callable[[], T]) -> T:
@@ -216,11 +246,18 @@ def freeze_randomness(seed: int) -> None:
 
 def _engine(run: Run, place: Place, reporter: Reporter) -> Engine:
     dtype = compute_dtype(run.base, place.device)
-    parameters, linears = count_weights(empty_model(run.base, dtype, encoder=uses_encoder(run)))
+    empty = empty_model(run.base, dtype, encoder=uses_encoder(run))
+    method_of(run.method).sites(run.method, Scope.of(empty, run.base.id))  # a wrong target, before all that is slow
+    parameters, linears = count_weights(empty)
     held = held_bytes(run.base, parameters=parameters, linears=linears, itemsize=dtype.itemsize)
     memory, free = least(*_memory(place), device=place.device)
     zero = run.cluster.zero
     stage = choose_stage(zero, held=held, memory=memory, ranks=place.ranks)
+    if stage == 3 and run.method.whole_base:
+        raise MethodError(
+            f"method {run.method.type} needs the whole base on each worker, and {held / 2**30:.1f} GiB do not fit "
+            "there; take method: lora, which trains on a sharded or quantized base"
+        )
     share = held if stage != 3 else 0 if zero.offload == "cpu" else held // place.ranks
     if share > free:
         raise OutOfMemoryError(
