@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from orchestrator.config import Classification, Lora
+from orchestrator.config import Bottleneck, Classification, Lora, Prefix, Prompt
 from orchestrator.errors import BaseModelError
 from orchestrator.train.classify import predict
 from orchestrator.train.metrics import classification_metrics
@@ -114,6 +114,25 @@ def test_slots_of_different_labels_and_methods_equal_each_alone(
         assert alone_grads[slot].keys() == grads[slot].keys()
         for name, grad in alone_grads[slot].items():
             torch.testing.assert_close(grads[slot][name], grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["roberta", "llama"])
+def test_methods_that_put_tokens_before_a_text_leave_its_pooling_alone(arch: str, bases: dict[str, Path]) -> None:
+    """Packed with others, a slot pools the text's own tokens, as it does alone, one text a row."""
+    encoder = arch in tiny.ENCODERS
+    slots = {
+        0: (Prompt(tokens=3), Classification(labels=ANIMALS, pooling="first")),
+        1: (Prompt(tokens=5), Classification(labels=ANIMALS, pooling="mean")),
+        2: (Prefix(tokens=4), Classification(labels=ANIMALS, pooling="mean")),
+        3: (Bottleneck(size=4), Classification(labels=ANIMALS, pooling="last")),
+    }
+    mine = samples(RECORDS[:6], ANIMALS, encoder=encoder)
+    together = Slots(bases[arch], slots)
+    losses, _ = together.step(dict.fromkeys(slots, mine))
+    for slot, own in slots.items():
+        alone = Slots(bases[arch], {slot: own})
+        one_by_one = [alone.step({slot: [sample]})[0][slot] for sample in mine]
+        assert losses[slot] == pytest.approx(sum(one_by_one) / len(mine), rel=1e-5)
 
 
 def test_predictions_come_in_the_order_of_the_texts(bases: dict[str, Path]) -> None:

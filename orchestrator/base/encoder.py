@@ -125,12 +125,17 @@ def takes_blocks(model: Any) -> bool:
     return bool(model._supports_sdpa) and config._attn_implementation in ("manta", "sdpa", "eager")
 
 
-def positional_linears(model: Any) -> tuple[str, ...]:
-    """What the linears are called that also project relative positions, which all rows share (DeBERTa)."""
+POSITION_TABLE = "rel_embeddings"
+"""What DeBERTa calls its embeddings of relative positions, a table that is read whole and never called."""
+
+
+def sees_positions(model: Any, name: str) -> bool:
+    """Whether a linear or normalization layer sees embeddings of relative positions, which all rows share (DeBERTa)."""
     if not _masks_inside(model):
-        return ()
+        return False
     own = ("query_proj", "key_proj") if getattr(text_config(model), "share_att_key", False) else ()
-    return ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj", *own)
+    last = name.rsplit(".", 1)[-1]
+    return last in ("pos_proj", "pos_q_proj", "pos_key_proj", "pos_query_proj", *own) or name == "encoder.LayerNorm"
 
 
 def _masks_inside(model: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from orchestrator.base.attention import NAME
-from orchestrator.base.encoder import positional_linears
+from orchestrator.base.encoder import POSITION_TABLE, sees_positions
 from orchestrator.base.linear import dense_parameters, is_transposed, linear_shape, linear_sites
 from orchestrator.base.model import decoder_layers, text_config
 from orchestrator.base.norm import is_norm, norm_features, takes_off_mean
@@ -81,7 +81,7 @@ class Scope:
     others: tuple[str, ...] = ()
     """Parameters inside the layers that belong to no linear and no normalization layer, such as fused experts."""
     shared_inputs: frozenset[str] = frozenset()
-    """Linears that see more than tokens: relative positions, which all rows of a pass share (DeBERTa)."""
+    """Linears and normalization layers that see relative positions, which all rows of a pass share (DeBERTa)."""
     base_id: str = ""
     """Name of the base, for the delta's own config."""
     embed_scale: float = 1.0
@@ -113,7 +113,8 @@ class Scope:
         modules = dict(model.named_modules())
         norms = {n: m for n, m in modules.items() if is_norm(m)}
         kinds = {n: kind for n, m in norms.items() if (kind := takes_off_mean(m)) is not None}
-        embeddings = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding)}
+        tables = {n: m for n, m in modules.items() if isinstance(m, nn.Embedding)}
+        embeddings = {n: m for n, m in tables.items() if not n.endswith(POSITION_TABLE)}
         named: Any = model
         words = next(n for n, m in embeddings.items() if m is named.get_input_embeddings())
         out = named.get_output_embeddings()
@@ -137,8 +138,9 @@ class Scope:
                 f"{name}.{n}"
                 for n, _ in layers.named_parameters()
                 if f"{name}.{n}".rpartition(".")[0] not in {**linears, **norms}
-            ),
-            shared_inputs=frozenset(n for n in linears if n.rsplit(".", 1)[-1] in positional_linears(model)),
+            )
+            + tuple(f"{n}.weight" for n in tables if n not in embeddings),
+            shared_inputs=frozenset(n for n in (*linears, *norms) if sees_positions(model, n)),
             base_id=base_id,
             embed_scale=_embed_scale(embeddings[words]),
             prefix="" if out is not None else f"{named.base_model_prefix}.",
