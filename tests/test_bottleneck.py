@@ -131,6 +131,7 @@ def test_untrained_is_the_base_and_slots_at_once_equal_each_alone(quantize: str,
         bank.add(slot, knobs)
         with bank.routed(torch.full_like(TOKENS_BT, slot)):
             assert torch.equal(output(model), plain)
+        assert not any(t.any() for n, t in bank.tensors(slot).items() if not n.endswith("down.weight"))
         bank.remove(slot)
     for slot, knobs in enumerate([*MIX, Lora(rank=2)]):
         filled(bank, slot, knobs)

@@ -11,7 +11,7 @@ import torch
 
 from orchestrator.base.attention import use
 from orchestrator.config import CausalLM
-from orchestrator.config.method import Bottleneck, Lora, Prefix, Prompt
+from orchestrator.config.method import IA3, BitFit, Bottleneck, Lora, Norms, Prefix, Prompt, Sparse
 from orchestrator.data import Row, Sample, collate
 from orchestrator.data.batch import NO_SLOT
 from orchestrator.delta import save_delta
@@ -33,8 +33,13 @@ KNOBS: list[Any] = [
     Prompt(tokens=20, start="random"),
     Prefix(tokens=4, std=0.7),
     Prefix(tokens=19, std=0.7),
+    BitFit(),
+    Norms(),
+    IA3(),
+    Sparse(density=0.1),
 ]
 """A slot each; a method of more kinds is a line more."""
+SLOW = ("gpt2", "gemma3")
 PEFTS = [i for i, knobs in enumerate(KNOBS) if knobs.type in ("lora", "prompt", "prefix")]
 
 
@@ -78,11 +83,11 @@ def wish(tokens: list[int], count: int, slot: int) -> Request:
     return Request(tokens, Sampling(count, temperature=0), slot)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "gemma3"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", *(pytest.param(k, marks=pytest.mark.slow) for k in SLOW)])
 def test_every_method_in_one_batch_answers_as_alone(kind: str) -> None:
     base, bank = filled(kind)
     slots = [*range(len(KNOBS)), NO_SLOT]
-    wishes = [(p, min(n, 16), slots[i % len(slots)]) for i, (p, n) in enumerate(mixed(2 * len(slots)))]
+    wishes = [(p, min(n, 12), slots[i % len(slots)]) for i, (p, n) in enumerate(mixed(2 * len(slots)))]
     expected = [alone(base, bank, slot, p, n) for p, n, slot in wishes]
     random.Random(0).shuffle(order := list(range(len(wishes))))
     for limits in ({"rows": 5, "prefill_chunk": 7}, {"rows": 12, "prefill_chunk": 64}):

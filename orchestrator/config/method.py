@@ -92,7 +92,7 @@ class Norms(Knobs):
 class Prompt(Knobs):
     """Soft prompt: trained embeddings before each sequence (Lester et al. 2021, arXiv:2104.08691)."""
 
-    default_lr: ClassVar[float] = 3e-2
+    default_lr: ClassVar[float] = 1e-1
     type: Literal["prompt"] = "prompt"
     """Method name."""
     tokens: int = Field(default=20, ge=1, le=4096)
@@ -112,13 +112,13 @@ class Prompt(Knobs):
 class Prefix(Knobs):
     """Trained keys and values before each sequence, in every layer (Li & Liang 2021, arXiv:2101.00190)."""
 
-    default_lr: ClassVar[float] = 1e-2
+    default_lr: ClassVar[float] = 1e-1
     type: Literal["prefix"] = "prefix"
     """Method name."""
     tokens: int = Field(default=20, ge=1, le=4096)
     """Virtual tokens."""
-    std: float = Field(default=0.02, gt=0)
-    """Standard deviation of the random start values."""
+    std: float = Field(default=1.0, gt=0)
+    """Standard deviation of the random start values; far below that of real keys and values it learns slowly."""
 
 
 class Bottleneck(Knobs):
