@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from methods_pack import PackedAdamW, Rows, losses
-from methods_sets import SETS, base_of
+from methods_sets import SETS, bank_of, base_of
 from methods_settings import SETTINGS
-from orchestrator.train.classify import Classifier
 
 from orchestrator.base import load_base
 from orchestrator.base.model import bare
 from orchestrator.config import Classification, Train
 from orchestrator.data import Sample
 from orchestrator.methods import Bank
+from orchestrator.train.classify import Classifier
 
 STEPS = 20
 SKIP = 5
@@ -31,13 +31,7 @@ def cost(args: argparse.Namespace, log: Any, names: list[str]) -> None:
     for name in names:
         if (name, None, None) in log.done:
             continue
-        encode = base.tokenizer.encode
-        bank = Bank(
-            base.model,
-            device=args.device,
-            source=base.source,
-            encode=lambda text: encode(text, add_special_tokens=False),
-        )
+        bank = bank_of(base, args.device)
         bank.add(0, SETTINGS[name].knobs, task=task)
         log.write({"setting": name, **_measure(args, model, bank, base.tokenizer.pad_token_id)})
         bank.detach()

@@ -37,6 +37,7 @@ class PackedAdamW:
         place = {slot: n for n, slot in enumerate(self.slots)}
         self.leaves: list[tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]] = []
         for stack, ratios in bank.stacks():
+            assert stack.leaf is not None
             leaf = stack.leaf.detach()
             index_S = torch.tensor([place[s] for s in stack.order], device=leaf.device)
             ratio_S = torch.tensor([ratios[s] for s in stack.order], device=leaf.device)
@@ -129,11 +130,10 @@ def _merged(batches: list[Batch], tokens: int) -> list[Batch]:
     joined: list[Batch] = []
     for batch in sorted(batches, key=lambda b: b.tokens_BT.shape[1]):
         last = joined[-1] if joined else None
-        if last and last.tokens_BT.shape[1] == batch.tokens_BT.shape[1]:
-            if last.tokens_BT.numel() + batch.tokens_BT.numel() <= tokens:
-                names = last.__slots__
-                joined[-1] = Batch(**{n: torch.cat([getattr(last, n), getattr(batch, n)]) for n in names})
-                continue
+        fits = last and last.tokens_BT.shape[1] == batch.tokens_BT.shape[1]
+        if last and fits and last.tokens_BT.numel() + batch.tokens_BT.numel() <= tokens:
+            joined[-1] = Batch(**{n: torch.cat([getattr(last, n), getattr(batch, n)]) for n in last.__slots__})
+            continue
         joined.append(batch)
     return joined
 

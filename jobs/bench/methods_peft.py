@@ -40,7 +40,7 @@ def beside_peft(args: argparse.Namespace, log: Any, name: str, names: list[str])
 def one(options: dict[str, Any], name: str, job: tuple[str, float, int]) -> dict[str, Any]:
     """One run."""
     import torch
-    from methods_sets import SETS, _prepared, test_samples
+    from methods_sets import SETS, prepared, test_samples
     from transformers import AutoModel
 
     from orchestrator.base import load_tokenizer
@@ -49,8 +49,8 @@ def one(options: dict[str, Any], name: str, job: tuple[str, float, int]) -> dict
     torch.set_float32_matmul_precision("high")
     args, (setting, lr, seed) = argparse.Namespace(**options), job
     chosen = SETS[name]
-    base = argparse.Namespace(tokenizer=load_tokenizer(Base(id=str(args.encoder))))
-    data = _prepared(args, chosen, base, seed)
+    tokenizer = load_tokenizer(Base(id=str(args.encoder)))
+    data = prepared(args, chosen, tokenizer, seed)
     torch.manual_seed(seed)
     encoder = AutoModel.from_pretrained(args.encoder, dtype=torch.float32, attn_implementation="sdpa").to(args.device)
     for module in encoder.modules():
@@ -72,7 +72,7 @@ def one(options: dict[str, Any], name: str, job: tuple[str, float, int]) -> dict
             logits(encoder, head, samples, args.device), labels(samples, args.device)
         )
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(own, 1.0)
         left = (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, steps - warm)))) / 2
         optimizer.param_groups[0]["lr"] = lr * ((step + 1) / warm if step < warm else left)
@@ -80,7 +80,7 @@ def one(options: dict[str, Any], name: str, job: tuple[str, float, int]) -> dict
         tokens += sum(len(s.tokens) for s in samples)
     seconds = time.monotonic() - begin
     right = []
-    test = test_samples(args, chosen, base, data.task)
+    test = test_samples(args, chosen, tokenizer, data.task)
     with torch.no_grad():
         for at in range(0, len(test), 128):
             part = test[at : at + 128]

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from methods_pack import PackedAdamW, Rows, losses
 from methods_settings import Trial
-from orchestrator.train.classify import Classifier
 
 from orchestrator.base import load_base
 from orchestrator.base.load import FrozenBase
@@ -19,6 +18,7 @@ from orchestrator.base.model import bare
 from orchestrator.config import Base, CausalLM, Classification, Data, Source, Task, Train
 from orchestrator.data import Sample, prepare
 from orchestrator.methods import Bank, to_files
+from orchestrator.train.classify import Classifier
 from orchestrator.train.loss import plain_loss
 
 
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace, name: str, asked: Sequence[Trial], log: Any) -
     encoder = isinstance(chosen.task, Classification)
     base = load_base(base_of(args, name), device=args.device, encoder=encoder)
     own = bare(base.model) if encoder else base.model
-    sets = {seed: _prepared(args, chosen, base, seed) for seed in {t.seed for t in asked}}
+    sets = {seed: prepared(args, chosen, base.tokenizer, seed) for seed in {t.seed for t in asked}}
     any_set = next(iter(sets.values()))
-    bank = _bank(base, args.device)
+    bank = bank_of(base, args.device)
     for slot, trial in enumerate(asked):
         bank.add(slot, trial.knobs, seed=trial.seed, task=any_set.task)
     steps = round((args.epochs or chosen.epochs) * any_set.train.size / chosen.batch_size)
@@ -87,22 +87,23 @@ def run(args: argparse.Namespace, name: str, asked: Sequence[Trial], log: Any) -
         judge(bare_lm, chosen, sets, asked, log, seconds)
 
 
-def _bank(base: FrozenBase, device: str) -> Bank:
+def bank_of(base: FrozenBase, device: str) -> Bank:
+    """An empty bank on it."""
     encode = base.tokenizer.encode
     return Bank(
         base.model, device=device, source=base.source, encode=lambda text: encode(text, add_special_tokens=False)
     )
 
 
-def _prepared(args: argparse.Namespace, chosen: Set, base: FrozenBase, seed: int) -> Any:
+def prepared(args: argparse.Namespace, chosen: Set, tokenizer: Any, seed: int) -> Any:
     """Training samples in the seed's order; the dev split is the same for all seeds."""
     source = Source(path=str(args.data / f"{chosen.train}.jsonl"))
     if chosen.dev is not None:
         data = Data(train=(source,), eval=(Source(path=str(args.data / f"{chosen.dev}.jsonl")),), length=chosen.length)
-        return prepare(data, base.tokenizer, seed=seed, task=chosen.task)
+        return prepare(data, tokenizer, seed=seed, task=chosen.task)
     train, dev = _split(args, chosen)
     data = Data(train=(Source(path=str(train)),), eval=(Source(path=str(dev)),), length=chosen.length)
-    return prepare(data, base.tokenizer, seed=seed, task=chosen.task)
+    return prepare(data, tokenizer, seed=seed, task=chosen.task)
 
 
 def _split(args: argparse.Namespace, chosen: Set) -> tuple[Path, Path]:
@@ -117,14 +118,14 @@ def _split(args: argparse.Namespace, chosen: Set) -> tuple[Path, Path]:
     return paths
 
 
-def test_samples(args: argparse.Namespace, chosen: Set, base: FrozenBase, task: Task) -> list[Sample]:
+def test_samples(args: argparse.Namespace, chosen: Set, tokenizer: Any, task: Task) -> list[Sample]:
     """The test set as samples."""
     data = Data(
         train=(Source(path=str(args.data / f"{chosen.train}.jsonl")),),
         eval=(Source(path=str(args.data / f"{chosen.test}.jsonl")),),
         length=chosen.length,
     )
-    made = prepare(data, base.tokenizer, seed=0, task=task).eval
+    made = prepare(data, tokenizer, seed=0, task=task).eval
     assert made is not None
     return list(made)
 
@@ -133,7 +134,7 @@ def _judge_classes(held: Any, chosen: Set, sets: Any, asked: Sequence[Trial], lo
     """Dev accuracy and the test set's answers of every trial."""
     model, bank, base, args = held
     data = next(iter(sets.values()))
-    dev, test = list(data.eval), test_samples(args, chosen, base, data.task)
+    dev, test = list(data.eval), test_samples(args, chosen, base.tokenizer, data.task)
     for slot, trial in enumerate(asked):
         answers = {
             name: _right(model, bank, slot, samples, base, args) for name, samples in (("dev", dev), ("test", test))

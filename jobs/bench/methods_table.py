@@ -84,10 +84,10 @@ def _markdown(rows: list[Row], full: Row, parts: dict[str, Lines], device: str) 
     lines = [
         "# Methods: quality, size, cost",
         "",
-        f"{device}. Made by `python jobs/bench/methods.py --data DIR --encoder DIR --device cuda`. SST-2 and Banking77: "
+        f"{device}. Made by `python jobs/bench/methods.py --data DIR --encoder DIR --device cuda`. SST-2, Banking77: "
         "the MiniLM encoder (22.6 M parameters), fp32, mean pooling, a linear head that all have and that is not "
         "counted; test accuracy, mean of three seeds, the learning rate chosen on a dev split. E2E: the demo base, one "
-        "seed, BLEU (sacrebleu) of greedy answers. *To full*: points better than full fine-tuning in the same run, with "
+        "seed, BLEU (sacrebleu) of greedy answers. *To full*: points above full fine-tuning in the same run, with "
         "the 95 % interval of a paired bootstrap over texts and seeds. Tokens/s and memory: solo training of the "
         "encoder, 32 texts of 128 tokens.",
         "",
@@ -124,7 +124,7 @@ def _markdown(rows: list[Row], full: Row, parts: dict[str, Lines], device: str) 
 def _goals(rows: list[Row], full: Row) -> list[str]:
     """Whether adapters and LoRA are as good as full fine-tuning, as far as the test sets can tell."""
     said = [
-        f"Not worse than full fine-tuning by more than {MARGIN} points beyond the interval, with at most 3.6 % trained:",
+        f"Below full fine-tuning by no more than {MARGIN} points beyond the interval, with at most 3.6 % trained:",
         "",
     ]
     for row in rows:
