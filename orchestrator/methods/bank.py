@@ -252,6 +252,14 @@ class Bank:
         own = {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
         return {**own, **self._foreign(slot)}
 
+    def stacks(self) -> Iterator[tuple[Stack, dict[int, float]]]:
+        """The stacks with something trained in them, and each slot's learning rate there over that of its run."""
+        for kinds in self._wiring.sites.values():
+            for here in kinds.values():
+                for name, stack in () if here.borrowed else here.stacks.items():
+                    if stack.views:
+                        yield stack, {slot: here.method.lr_ratio(knobs, name) for slot, knobs in here.knobs.items()}
+
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
         for stack in self._stacks():
