@@ -45,7 +45,9 @@ start() {
 		[ "$(alive)" -ge 1 ] && break
 		sleep 0.5
 	done
-	for n in $(seq 2 "$nodes"); do node "node-$n" --address "$HERE:$PORT"; done
+	# A folder of its own for each node, as on machines of their own: in a shared one, a node that no longer needs a
+	# job's uploaded files would delete them under the others.
+	for n in $(seq 2 "$nodes"); do node "node-$n" --address "$HERE:$PORT" --temp-dir "$FOLDER/ray-$n"; done
 	for _ in $(seq 120); do
 		if [ "$(alive)" -ge "$nodes" ]; then
 			echo "$nodes nodes; submit with: ray job submit --address http://$HERE:$DASHBOARD --working-dir . -- python jobs/train.py FILE"

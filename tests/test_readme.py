@@ -82,6 +82,17 @@ def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
     assert all(row in measured for row in rows)
 
 
+def test_memory_in_the_readme_is_the_benchmarks() -> None:
+    """Without its columns of limits and of DeepSpeed's start, and without the last one's re-entrant kind."""
+    measured = Path("jobs/bench/zero_memory.md").read_text()
+    assert "within its limit: yes" in measured
+    cells = [[c.split(";")[0].strip() for c in row.split("|")] for row in measured.splitlines()]
+    kept = {" | ".join(c[n] for n in (1, 2, 3, 5, 9, 10)) for c in cells if len(c) > 11}
+    rows = [line.strip("| ") for line in README.splitlines() if re.match(r"\| [24] \| ", line)]
+    assert len(rows) == 4
+    assert set(rows) <= kept
+
+
 def test_paths_named_in_the_readme_exist() -> None:
     named = set(re.findall(r"`((?:jobs|orchestrator|tests)/[\w./-]+)`", README))
     assert named
