@@ -26,6 +26,10 @@ class Group:
     """Which tokens belong to any of the slots; None for all."""
     count: int
     """N."""
+    token_R: Tensor
+    """Numbers of the R tokens of these slots, slot by slot."""
+    real_R: Tensor | None
+    """Their places among the K; None where no group was filled up."""
 
     @property
     def alone(self) -> bool:
@@ -47,6 +51,20 @@ class Group:
         if self.owned_N1 is not None:
             y_NF = torch.where(self.owned_N1, y_NF, 0)  # not a product: 0 * NaN is NaN
         return y_NF.reshape(like.shape)
+
+    def add(self, added_GMF: Tensor, y: Tensor, own: bool) -> Tensor:
+        """``y`` [B, T, ...] with ``added`` at its tokens; ``own`` says that y may be written to.
+
+        Costs these tokens alone, so that many methods in one batch cost no more than one.
+        """
+        added_KF = added_GMF.reshape(-1, added_GMF.shape[-1])
+        if self.index_K is None and self.owned_N1 is None:
+            return y + added_KF.view(y.shape)
+        if self.real_R is not None:
+            added_KF = added_KF.index_select(0, self.real_R)
+        y_NF = y.reshape(self.count, -1)
+        put = y_NF.index_add_ if own else y_NF.index_add
+        return put(0, self.token_R, added_KF.to(y.dtype)).view(y.shape)
 
 
 @dataclass
@@ -128,6 +146,9 @@ class Route:
             back_N[tokens] = row * most + torch.arange(len(tokens))
             owned_N[tokens] = True
         index_K = index_GM.reshape(-1)
+        counts = [len(self._tokens[s]) for s in active]
+        token_R = torch.cat([self._tokens[s] for s in active])
+        real_R = torch.cat([row * most + torch.arange(count) for row, count in enumerate(counts)])
         in_order = index_K.numel() == self._count and bool((index_K == torch.arange(self._count)).all())
         return Group(
             slots=active,
@@ -135,4 +156,6 @@ class Route:
             back_N=None if in_order else back_N.to(self.device),
             owned_N1=None if owned_N.all() else owned_N.unsqueeze(1).to(self.device),
             count=self._count,
+            token_R=token_R.to(self.device),
+            real_R=None if min(counts) == most else real_R.to(self.device),
         )

@@ -170,7 +170,7 @@ class Wiring:
     def _before(self, site: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
         for here, group, p in self.active(site, "input", x):
-            x = x + group.put(here.method.input(group.pick(args[0]), p), x)
+            x = group.add(here.method.input(group.pick(args[0]), p), x, own=x is not args[0])
         return (x, *args[1:])
 
     def _keep(self, site: str, args: tuple[Any, ...]) -> None:
@@ -198,7 +198,7 @@ class Wiring:
                 virtual_BT1 = group.put((position_GM < count_G.unsqueeze(1)).unsqueeze(-1), y[..., :1]).bool()
                 y = torch.where(virtual_BT1, 0, y)  # what the pad token stands for must leave no rounding behind
                 added = here.method.embed(group.pick(y), position_GM, p)
-            y = y + group.put(added, y)
+            y = group.add(added, y, own=y is not base_y)
         return (y, *out[1:]) if isinstance(out, tuple) else y
 
     def _add_into(self, site: str, linear: NF4Linear, x: Tensor) -> None:
