@@ -53,21 +53,22 @@ class Stepper:
             Each slot's loss, a mean over its target tokens on all ranks.
         """
         self.bank.zero_grad()
-        losses = self._run(samples, steps)
+        sum_S = self._run(samples, steps)
         self.engine.sum_gradients(self.bank.leaves())
         self.bank.hand_out_gradients()
-        return losses
+        return _means(samples, sum_S)  # waits for the device, so it comes last
 
     def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, dict[str, float]]:
         """Each slot's ``eval_loss``, a mean over its samples' targets, without dropout or gradients."""
         with torch.no_grad():
-            return {slot: {"eval_loss": loss} for slot, loss in self._run(samples, None).items()}
+            means = _means(samples, self._run(samples, None))
+            return {slot: {"eval_loss": loss} for slot, loss in means.items()}
 
-    def _run(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int] | None) -> dict[int, float]:
+    def _run(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int] | None) -> Tensor:
+        """Sums [S] of the losses of each slot's targets, fp64."""
         slots = list(samples)
         device = self.engine.device
-        count_S = torch.tensor([max(1, sum(s.targets for s in samples[slot])) for slot in slots], dtype=torch.float64)
-        weight_S = (1 / count_S).float().to(device)
+        weight_S = (1 / _counts(samples)).float().to(device)
         place = torch.zeros(max(slots) + 1, dtype=torch.long)
         place[slots] = torch.arange(len(slots))
         place = place.to(device)
@@ -84,8 +85,7 @@ class Stepper:
                 sum_S.index_add_(0, index_N, losses_N.detach().double())
                 if steps is not None:
                     (losses_N * weight_S[index_N]).sum().backward()  # type: ignore[no-untyped-call]
-        self.engine.sum_(sum_S)
-        return dict(zip(slots, (sum_S.cpu() / count_S).tolist(), strict=True))
+        return self.engine.sum_(sum_S)
 
     def deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
         """This rank's micro-batches of everyone's samples; each rank has as many."""
@@ -105,3 +105,12 @@ class Stepper:
                 pad_id=self.layout.pad_id,
             )
         ]
+
+
+def _counts(samples: Mapping[int, Sequence[Sample]]) -> Tensor:
+    """Targets [S] of each slot."""
+    return torch.tensor([max(1, sum(s.targets for s in own)) for own in samples.values()], dtype=torch.float64)
+
+
+def _means(samples: Mapping[int, Sequence[Sample]], sum_S: Tensor) -> dict[int, float]:
+    return dict(zip(samples, (sum_S.cpu() / _counts(samples)).tolist(), strict=True))
