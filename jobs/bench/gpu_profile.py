@@ -4,7 +4,8 @@
 
 The base is loaded once; every way is timed at every size on it, with the parts of a real run: bank, stepper, trial.
 A size is rows x tokens, with ``r`` for recomputation and ``p`` for rows of four packed sequences. The ways are written
-into WAYS; each is a patch of the program as it is. The last way of each size is profiled: its kernels by class.
+into WAYS; each is a patch of the program as it is. The last way of each size is profiled: its kernels by class. The
+losses of ``graph``, which goes through CUDA graphs, must be those of ``now``.
 """
 
 import argparse
@@ -25,11 +26,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orchestrator.base import load_base
+from orchestrator.base.model import decoder_layers
 from orchestrator.config import Base, Lora, Train, Zero
 from orchestrator.data import Sample
 from orchestrator.methods import Bank
 from orchestrator.train import loss as loss_module
 from orchestrator.train.engine import Engine
+from orchestrator.train.graph import Graphs
 from orchestrator.train.step import Layout, Stepper
 from orchestrator.train.trial import Trial
 
@@ -105,15 +108,22 @@ WAYS: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
     "before": (False, _torch_loss),
     "added": (True, _torch_loss),
     "now": (True, nullcontext),
+    "graph": (True, nullcontext),
     "chunk512": (True, lambda: _chunks(512)),
     "chunk1024": (True, lambda: _chunks(1024)),
     "cudnn": (True, lambda: _attention(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)),
     "flash": (True, lambda: _attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)),
 }
-"""Name -> whether a lone slot is added into the weights, and a patch."""
+"""Name -> whether a lone slot is added into the weights, and a patch. ``graph`` goes through CUDA graphs, too."""
 
 
 # ---- one way at one size
+
+
+def has_liger(model: Any) -> bool:
+    """Whether Liger's kernels are in the model: ``base.kernels`` is ``auto``, so they are where they import."""
+    _, layers = decoder_layers(model)
+    return any("liger" in getattr(m.forward, "__module__", "").lower() for m in layers[0].modules())
 
 
 def set_recompute(model: Any, on: bool) -> None:
@@ -125,12 +135,16 @@ def set_recompute(model: Any, on: bool) -> None:
     model.train(on)
 
 
-def parts_of(model: Any, device: torch.device, size: Size, fuse: bool) -> tuple[Bank, Stepper, Trial]:
+def parts_of(
+    model: Any, device: torch.device, size: Size, fuse: bool, graphed: bool = False
+) -> tuple[Bank, Stepper, Trial]:
     """What trains a LoRA of rank 16 on a loaded base."""
     bank = Bank(model, device=device, fuse=fuse)
     bank.add(0, Lora())
     engine = Engine(Zero(), stage=0, device=device, dtype=torch.bfloat16, rows_per_pass=size.rows)
-    stepper = Stepper(model, bank, engine, loss_module.causal_lm_loss, Layout(size.length, size.rows, size.packed, 0))
+    layout = Layout(size.length, size.rows, size.packed, 0)
+    graphs = Graphs(model, bank, device=device, length=size.length, warn=print) if graphed else None
+    stepper = Stepper(model, bank, engine, loss_module.causal_lm_loss, layout, graphs)
     return bank, stepper, Trial(bank, engine, 0, Train(lr=1e-4, steps=1000), 1000)
 
 
@@ -151,16 +165,17 @@ def measure(model: Any, device: torch.device, size: Size, way: str, steps: int, 
     """Times, memory, losses of one way; the table of kernels where asked for."""
     fuse, patch = WAYS[way]
     set_recompute(model, size.recompute)
-    bank, stepper, trial = parts_of(model, device, size, fuse)
+    bank, stepper, trial = parts_of(model, device, size, fuse, graphed=way == "graph" and not size.recompute)
     samples = samples_of(size, model.config.vocab_size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    losses, seconds = [], []
+    losses, seconds, trained = [], [], []
 
     def step() -> None:
         begin = time.perf_counter()
         losses.append(stepper.train({0: samples}, {0: trial.step})[0])
+        trained.append(time.perf_counter() - begin)
         trial.update()
         _sync(device)
         seconds.append(time.perf_counter() - begin)
@@ -175,7 +190,14 @@ def measure(model: Any, device: torch.device, size: Size, way: str, steps: int, 
     median = statistics.median(seconds[3:steps])
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     tokens = sum(len(s.tokens) for s in samples)
-    return {"ms": median * 1e3, "tokens_per_s": tokens / median, "gib": peak, "losses": losses[:5], "table": table}
+    return {
+        "ms": median * 1e3,
+        "train_ms": statistics.median(trained[3:steps]) * 1e3,
+        "tokens_per_s": tokens / median,
+        "gib": peak,
+        "losses": losses[:8],
+        "table": table,
+    }
 
 
 def _profile(step: Callable[[], None], plain_s: float, steps: int = 2) -> str:
@@ -220,7 +242,9 @@ def main() -> None:
         base = Base(id=str(base_folder(args.shape, Path(scratch))), random_init=0, quantize=args.quantize)
         model = load_base(base, device=device).model
         _sync(device)
-        print(f"{_name(device)}; torch {torch.__version__}; loaded in {time.monotonic() - begin:.1f} s", flush=True)
+        liger = "with" if has_liger(model) else "WITHOUT"
+        seconds = time.monotonic() - begin
+        print(f"{_name(device)}; torch {torch.__version__}; {liger} Liger; loaded in {seconds:.1f} s", flush=True)
     for text in args.sizes.split(","):
         ways = args.ways.split(",")
         for way in ways:
@@ -231,7 +255,8 @@ def main() -> None:
                 print(f"{text:8s} {way:10s} FAILED {type(e).__name__}: {str(e)[:2000]}", flush=True)
                 continue
             table = found.pop("table")
-            told = f"{found['ms']:8.1f} ms {found['tokens_per_s']:8,.0f} tok/s {found['gib']:6.1f} GiB"
+            told = f"{found['ms']:8.1f} ms (to the loss {found['train_ms']:.1f})"
+            told += f" {found['tokens_per_s']:8,.0f} tok/s {found['gib']:6.1f} GiB"
             losses = " ".join(f"{x:.5f}" for x in found["losses"])
             print(f"{text:8s} {way:10s} {told} losses {losses}", *([table] if table else []), sep="\n", flush=True)
             if args.log:

@@ -74,7 +74,7 @@ class Route:
 
     def __post_init__(self) -> None:
         slots_N = self.slot_BT.reshape(-1).cpu()
-        self._tokens = {s: (slots_N == s).nonzero().squeeze(1) for s in slots_N.unique().tolist()}
+        self._tokens = {s: (slots_N == s).nonzero().squeeze(1) for s in torch.unique(slots_N).tolist()}
         self._count = slots_N.numel()
 
     def group(self, slots: Sequence[int]) -> Group | None:

@@ -15,6 +15,7 @@ from orchestrator.data import Sample, deal, pack
 from orchestrator.data.batch import Batch
 from orchestrator.methods.bank import Bank
 from orchestrator.train.engine import Engine
+from orchestrator.train.graph import Graphs
 
 Evaluate = Callable[[Mapping[int, Sequence[Sample]]], dict[int, dict[str, float]]]
 """Each slot's held-out samples to its metrics. Every rank must call it."""
@@ -37,10 +38,16 @@ class Layout:
 
 
 class Stepper:
-    """Packs samples, deals them to ranks, and sums losses and gradients over them."""
+    """Packs samples, deals them to ranks, and sums losses and gradients over them.
 
-    def __init__(self, model: Any, bank: Bank, engine: Engine, loss: Loss, layout: Layout) -> None:
+    With ``graphs``, whose loss is ``causal_lm_loss``, small passes go through them where they can.
+    """
+
+    def __init__(
+        self, model: Any, bank: Bank, engine: Engine, loss: Loss, layout: Layout, graphs: Graphs | None = None
+    ) -> None:
         self.model, self.bank, self.engine, self.loss, self.layout = model, bank, engine, loss, layout
+        self.graphs = graphs
 
     def train(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]) -> dict[int, float]:
         """Losses of a forward and backward pass over everyone's samples; each parameter has its gradient after it.
@@ -52,7 +59,7 @@ class Stepper:
         Returns:
             Each slot's loss, a mean over its target tokens on all ranks.
         """
-        self.bank.zero_grad()
+        self.bank.zero_grad(keep=self.graphs is not None and self.graphs.on)
         sum_S = self._run(samples, steps)
         self.engine.sum_gradients(self.bank.leaves())
         self.bank.hand_out_gradients()
@@ -75,6 +82,12 @@ class Stepper:
         sum_S = torch.zeros(len(slots), dtype=torch.float64, device=device)
         deep = steps is not None and len(slots) > 1
         for batch in self.deal(samples):
+            if steps is not None and self.graphs is not None:
+                index = slots.index(int(batch.slot_BT[0, 0]))
+                total = self.graphs.run(batch, weight_S[index])
+                if total is not None:
+                    sum_S[index] += total
+                    continue
             # Recomputed activations pass the hooks again, so the backward pass stays inside.
             with (
                 self.engine.alike(self.model) if deep else nullcontext(),

@@ -22,6 +22,7 @@ from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.engine import Engine, least
 from orchestrator.train.fisher import fisher
+from orchestrator.train.graph import Graphs
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
 from orchestrator.train.probe import probe, probe_classifier
@@ -123,7 +124,10 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     if classifies:
         loss = classifier = Classifier(bank, encoder=encoder, packed=packing)
     layout = Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id)
-    stepper = Stepper(model, bank, engine, loss, layout)
+    graphs = None
+    if loss is causal_lm_loss and engine.stage != 3 and not run.train.recompute and not run.method.whole_base:
+        graphs = Graphs.of(model, bank, place.device, run.data.length, reporter)
+    stepper = Stepper(model, bank, engine, loss, layout, graphs)
     evaluate: Evaluate = evaluator(stepper, classifier) if classifies else stepper.evaluate
     loop = Loop(
         train=train,
