@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from orchestrator.base import load_base
-from orchestrator.base.model import decoder_layers
 from orchestrator.config import Base, Lora, Train, Zero
 from orchestrator.data import Sample
 from orchestrator.methods import Bank
@@ -118,12 +117,6 @@ WAYS: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
 
 
 # ---- one way at one size
-
-
-def has_liger(model: Any) -> bool:
-    """Whether Liger's kernels are in the model: ``base.kernels`` is ``auto``, so they are where they import."""
-    _, layers = decoder_layers(model)
-    return any("liger" in getattr(m.forward, "__module__", "").lower() for m in layers[0].modules())
 
 
 def set_recompute(model: Any, on: bool) -> None:
@@ -240,9 +233,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="manta-profile-") as scratch:
         begin = time.monotonic()
         base = Base(id=str(base_folder(args.shape, Path(scratch))), random_init=0, quantize=args.quantize)
-        model = load_base(base, device=device).model
+        loaded = load_base(base, device=device)
+        model = loaded.model
         _sync(device)
-        liger = "with" if has_liger(model) else "WITHOUT"
+        liger = "with" if loaded.report.fused_kernels else "WITHOUT"
         seconds = time.monotonic() - begin
         print(f"{_name(device)}; torch {torch.__version__}; {liger} Liger; loaded in {seconds:.1f} s", flush=True)
     for text in args.sizes.split(","):

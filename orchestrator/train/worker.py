@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -116,6 +117,9 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         found = probe(model, bank, SLOT, place.device, **look)
     loaded = {**base.report.as_dict(), "stage": engine.stage, "gathered_alive": found.gathered_alive}
     reporter.event("loaded", loaded)
+    if place.device.type == "cuda" and run.base.kernels == "auto" and find_spec("liger_kernel") is None:
+        text = "liger-kernel is not installed (extra `gpu`): norms and activations are not fused, steps take longer"
+        reporter.event("warning", {"text": text})
     packing = run.data.packing and found.packs
     if run.data.packing and not packing:
         reporter.event("warning", {"text": "this model lets packed sequences see each other: one sample a row instead"})
