@@ -4,6 +4,10 @@ Adding the change to the weight costs a pass over the weight, which dequantizati
 output costs passes over the output, twice in forward and twice in backward. Only where the weight has to be made for
 each pass (4 bits) is that a gain, and only there does rounding the sum lose nothing: the weight's own value is not on
 the 16-bit grid, so what is rounded off is as large, and as random, as without the change.
+
+It even keeps what adding to the output loses. A base output in bf16 is on the grid already, so a change below half a
+step of it, such as that of the first updates at a small learning rate, is rounded away whole; in the sum with the
+weight, which is rounded once, it comes through on average.
 Shapes: N tokens, O outputs, I inputs, R rank.
 """
 
