@@ -7,6 +7,7 @@ serve a run; a shape gets one when it comes for the third time.
 Shapes: B rows, T tokens.
 """
 
+import gc
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,7 @@ class CudaRecorder:
 
     def __call__(self, work: Work) -> Work:
         """Do it three times, so that everything lazy is done, and record it."""
+        gc.collect()  # what an earlier pass left would tie the leaves to that pass's stream
         around = torch.cuda.current_stream()
         self._stream.wait_stream(around)
         with torch.cuda.stream(self._stream):

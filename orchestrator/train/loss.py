@@ -74,10 +74,10 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     Sequences of a packed row do not see each other: transformers builds the block mask from positions that restart.
     Right where nothing changes the logits after the head; ``probe`` looks, and ``plain_loss`` is for the others.
     """
-    wanted_BT = batch.labels_BT != IGNORE
-    labels_N = batch.labels_BT[wanted_BT]
-    with _loss_in_place_of_logits(head(model), wanted_BT, labels_N):
-        return _call(model, batch), batch.slot_BT[wanted_BT.to(batch.slot_BT.device)]
+    labels = batch.labels_BT.flatten()
+    at_N = (labels != IGNORE).nonzero().squeeze(1)  # here, where there is nothing yet for the device to wait for
+    with _loss_in_place_of_logits(head(model), at_N, labels[at_N]):
+        return _call(model, batch), batch.slot_BT.flatten()[at_N.to(batch.slot_BT.device)]
 
 
 def fixed_loss(model: Any, batch: Batch, attention_mask: Tensor | None = None) -> Tensor:
@@ -101,14 +101,16 @@ def _call(model: Any, batch: Batch, **options: Any) -> Tensor:
 
 
 @contextmanager
-def _loss_in_place_of_logits(module: Any, wanted_BT: Tensor | None, labels_N: Tensor) -> Iterator[None]:
-    """The head returns its tokens' losses, of those that are wanted or all; the hooks around it, such as DeepSpeed's
+def _loss_in_place_of_logits(module: Any, at_N: Tensor | None, labels_N: Tensor) -> Iterator[None]:
+    """The head returns the losses of the tokens at these places, or of all; the hooks around it, such as DeepSpeed's
     gathering, stay."""
 
     def forward(h_BTH: Tensor) -> Tensor:
         weight = module.weight.T if is_transposed(module) else module.weight
         bias = getattr(module, "bias", None)
-        h_NH = h_BTH.flatten(0, 1) if wanted_BT is None else h_BTH[wanted_BT]
+        h_NH = h_BTH.flatten(0, 1)
+        if at_N is not None:
+            h_NH = h_NH.index_select(0, at_N)
         losses: Tensor = _TokenLoss.apply(h_NH, weight, bias, labels_N)  # type: ignore[no-untyped-call]
         return losses
 

@@ -59,11 +59,17 @@ class Stepper:
         Returns:
             Each slot's loss, a mean over its target tokens on all ranks.
         """
+        return self.start(samples, steps)()
+
+    def start(
+        self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]
+    ) -> Callable[[], dict[int, float]]:
+        """The same, but for the losses: they come when they are asked for, which waits for the device."""
         self.bank.zero_grad(keep=self.graphs is not None and self.graphs.on)
         sum_S = self._run(samples, steps)
         self.engine.sum_gradients(self.bank.leaves())
         self.bank.hand_out_gradients()
-        return _means(samples, sum_S)  # waits for the device, so it comes last
+        return lambda: _means(samples, sum_S)
 
     def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, dict[str, float]]:
         """Each slot's ``eval_loss``, a mean over its samples' targets, without dropout or gradients."""
@@ -98,6 +104,7 @@ class Stepper:
                 sum_S.index_add_(0, index_N, losses_N.detach().double())
                 if steps is not None:
                     (losses_N * weight_S[index_N]).sum().backward()  # type: ignore[no-untyped-call]
+                del losses_N  # recording a graph needs leaves that no earlier pass still hangs on
         return self.engine.sum_(sum_S)
 
     def deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
