@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from orchestrator.data.batch import IGNORE
 from orchestrator.train import loss
 from orchestrator.train.loss import _TokenLoss
 
@@ -29,6 +30,22 @@ def test_losses_and_gradient_are_torchs(bias: bool, chunk_bytes: int, monkeypatc
     torch.testing.assert_close(grad, want_grad, rtol=1e-5, atol=1e-5)
 
 
+def test_rows_that_are_no_targets_count_nothing() -> None:
+    """As if they were not there, even where their logits are no numbers."""
+    h_NH, weight_VH = torch.randn(8, 16), torch.randn(50, 16)
+    labels_N = torch.randint(0, 50, (8,))
+    labels_N[[1, 4]], h_NH[4] = IGNORE, float("nan")
+    h_NH.requires_grad_()
+    got = _TokenLoss.apply(h_NH, weight_VH, None, labels_N)
+    (grad,) = torch.autograd.grad(got.sum(), h_NH)
+    kept = labels_N != IGNORE
+    want = _TokenLoss.apply(h_NH[kept], weight_VH, None, labels_N[kept])
+    (want_grad,) = torch.autograd.grad(want.sum(), h_NH)
+    assert torch.equal(got[kept], want)
+    assert torch.equal(grad, want_grad)
+    assert not got[~kept].any()
+
+
 _KERNEL = """
 import torch
 from orchestrator.base.loss_kernel import cross_entropy_
@@ -40,6 +57,8 @@ for rows, size in ((3, 100), (2, 8192), (2, 20000)):
     want.sum().backward()
     torch.testing.assert_close(cross_entropy_(logits, labels), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, plain.grad, rtol=1e-4, atol=1e-5)
+    assert not cross_entropy_(logits, torch.full_like(labels, -100)).any()
+    assert not logits.any()
 """
 
 

@@ -14,8 +14,13 @@ from bitsandbytes import functional as bnb
 from orchestrator.base import load_base
 from orchestrator.base.linear import NF4Linear
 from orchestrator.base.low_rank import LowRank, product_with
-from orchestrator.config import Base, Lora, Method
+from orchestrator.config import Base, Lora, Method, Train, Zero
+from orchestrator.data import Sample
 from orchestrator.methods import Bank
+from orchestrator.train.engine import Engine
+from orchestrator.train.loss import causal_lm_loss
+from orchestrator.train.step import Layout, Stepper
+from orchestrator.train.trial import Trial
 from tests import tiny
 
 TOKENS_BT = torch.randint(3, tiny.VOCAB, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -166,6 +171,31 @@ def test_one_linear_against_double_precision(wants_x: bool) -> None:
     assert_same(y_BTO, want_BTO)
     for grad, want in zip(grads, torch.autograd.grad(want_BTO, given, back_BTO.double()), strict=True):
         assert_same(grad, want)
+
+
+def losses_of_a_run(folder: Path, precision: str, *, fuse: bool) -> torch.Tensor:
+    """How far the loss has come after each of the first steps at a small learning rate."""
+    model = load_base(Base(id=str(folder), quantize="nf4", precision=precision)).model
+    bank = Bank(model, fuse=fuse)
+    bank.add(0, Lora(rank=4, alpha=8))
+    engine = Engine(Zero(), stage=0, device=torch.device("cpu"), dtype=torch.float32)
+    stepper = Stepper(model, bank, engine, causal_lm_loss, Layout(64, 8, False, 0))
+    trial = Trial(bank, engine, 0, Train(lr=1e-4, steps=8, warmup=0.0, schedule="constant"), 8)
+    drawn = torch.randint(3, tiny.VOCAB, (8, 64), generator=torch.Generator().manual_seed(0))
+    samples = [Sample(row, [True] * 64, key) for key, row in enumerate(drawn.tolist())]
+    losses = []
+    for _ in range(8):
+        losses.append(stepper.train({0: samples}, {0: trial.step})[0])
+        trial.update()
+    return torch.tensor(losses) - losses[0]
+
+
+def test_small_updates_in_16_bits_come_through_in_the_weight(folder: Path) -> None:
+    """Beside the weight, they are rounded away: the first steps leave the loss where it was."""
+    exact = losses_of_a_run(folder, "fp32", fuse=False)
+    inside, beside = (losses_of_a_run(folder, "bf16", fuse=fuse) for fuse in (True, False))
+    assert (inside - exact).norm() < 0.1 * exact.norm()
+    assert (beside - exact).norm() > 0.3 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -221,9 +221,18 @@ def ours(args: argparse.Namespace, text: str) -> dict[str, Any]:
         "tokens_per_s": statistics.median(s["tokens_per_s"] for s in steps[SKIP:]),
         "gib": steps[-1]["memory_gib"],
         "base_gib": loaded["bytes_here"] / 2**30,
+        "fused_kernels": loaded["fused_kernels"],
         "load_s": loaded["seconds"],
         "losses": [s["loss"] for s in steps],
     }
+
+
+def linear_weights(shape: str) -> int:
+    """Weights of the layers' linears."""
+    s = SHAPES[shape]
+    hidden, head = s["hidden_size"], s.get("head_dim", s["hidden_size"] // s["num_attention_heads"])
+    attention = hidden * head * 2 * (s["num_attention_heads"] + s["num_key_value_heads"])
+    return int(s["num_hidden_layers"] * (attention + 3 * hidden * s["intermediate_size"]))
 
 
 def table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
@@ -233,11 +242,14 @@ def table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
 
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "CPU"
     at = [step for step in (1, 5, 10, 20) if step <= args.steps]
+    fused = {row["fused_kernels"] for row in rows if "fused_kernels" in row}
+    liger = {(): "would use", (True,): "use", (False,): "run WITHOUT"}.get(tuple(fused), "use, in part,")
     lines = [
         f"# One GPU: {args.shape}, NF4, LoRA r16 on all linear layers",
         "",
         f"{device}; torch {torch.__version__}, transformers {transformers.__version__}. Random weights; median of "
-        f"steps {SKIP + 1} to {args.steps}; peak allocated memory; ratios to plain peft. Made by `python "
+        f"steps {SKIP + 1} to {args.steps}; peak allocated memory; ratios to plain peft; TFLOP/s that are useful, 4 "
+        f"FLOP for each weight of the linears and token. Manta's rows {liger} Liger's kernels. Made by `python "
         f"jobs/bench/gpu.py --shape {args.shape} --sizes {args.sizes} --steps {args.steps}`.",
     ]
     for size in args.sizes.split(","):
@@ -245,21 +257,22 @@ def table(args: argparse.Namespace, rows: list[dict[str, Any]]) -> str:
             "",
             f"## {Size.title(size)}",
             "",
-            f"| | tokens/s | ratio | GiB | ratio | loss at step {', '.join(map(str, at))} |",
-            "|---|---|---|---|---|---|",
+            f"| | tokens/s | ratio | TFLOP/s | GiB | ratio | loss at step {', '.join(map(str, at))} |",
+            "|---|---|---|---|---|---|---|",
         ]
         mine = {row["side"]: row for row in rows if row["size"] == size}
         plain = mine.get("peft", {})
         for row in [mine[side] for side in SIDES if side in mine]:
             if "failed" in row:
-                lines.append(f"| {SIDES[row['side']]} | failed: {row['failed']} | | | | |")
+                lines.append(f"| {SIDES[row['side']]} | failed: {row['failed']} | | | | | |")
                 continue
             speed = row["tokens_per_s"] / plain.get("tokens_per_s", float("nan"))
             space = row["gib"] / (plain.get("gib") or float("nan"))
+            useful = 4e-12 * linear_weights(args.shape) * row["tokens_per_s"]
             losses = ", ".join(f"{row['losses'][step - 1]:.4f}" for step in at)
             lines.append(
-                f"| {SIDES[row['side']]} | {row['tokens_per_s']:,.0f} | {speed:.2f} | {row['gib']:.1f} | {space:.2f} | "
-                f"{losses} |"
+                f"| {SIDES[row['side']]} | {row['tokens_per_s']:,.0f} | {speed:.2f} | {useful:.0f} | {row['gib']:.1f} "
+                f"| {space:.2f} | {losses} |"
             )
     return "\n".join(lines) + "\n"
 

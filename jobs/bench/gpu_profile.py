@@ -4,7 +4,8 @@
 
 The base is loaded once; every way is timed at every size on it, with the parts of a real run: bank, stepper, trial.
 A size is rows x tokens, with ``r`` for recomputation and ``p`` for rows of four packed sequences. The ways are written
-into WAYS; each is a patch of the program as it is. The last way of each size is profiled: its kernels by class.
+into WAYS; each is a patch of the program as it is. The last way of each size is profiled: its kernels by class. The
+losses of ``graph``, which goes through CUDA graphs, must be those of ``now``.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from orchestrator.data import Sample
 from orchestrator.methods import Bank
 from orchestrator.train import loss as loss_module
 from orchestrator.train.engine import Engine
+from orchestrator.train.graph import Graphs
 from orchestrator.train.step import Layout, Stepper
 from orchestrator.train.trial import Trial
 
@@ -105,12 +107,13 @@ WAYS: dict[str, tuple[bool, Callable[[], AbstractContextManager[Any]]]] = {
     "before": (False, _torch_loss),
     "added": (True, _torch_loss),
     "now": (True, nullcontext),
+    "graph": (True, nullcontext),
     "chunk512": (True, lambda: _chunks(512)),
     "chunk1024": (True, lambda: _chunks(1024)),
     "cudnn": (True, lambda: _attention(SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)),
     "flash": (True, lambda: _attention(SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)),
 }
-"""Name -> whether a lone slot is added into the weights, and a patch."""
+"""Name -> whether a lone slot is added into the weights, and a patch. ``graph`` goes through CUDA graphs, too."""
 
 
 # ---- one way at one size
@@ -125,12 +128,16 @@ def set_recompute(model: Any, on: bool) -> None:
     model.train(on)
 
 
-def parts_of(model: Any, device: torch.device, size: Size, fuse: bool) -> tuple[Bank, Stepper, Trial]:
+def parts_of(
+    model: Any, device: torch.device, size: Size, fuse: bool, graphed: bool = False
+) -> tuple[Bank, Stepper, Trial]:
     """What trains a LoRA of rank 16 on a loaded base."""
     bank = Bank(model, device=device, fuse=fuse)
     bank.add(0, Lora())
     engine = Engine(Zero(), stage=0, device=device, dtype=torch.bfloat16, rows_per_pass=size.rows)
-    stepper = Stepper(model, bank, engine, loss_module.causal_lm_loss, Layout(size.length, size.rows, size.packed, 0))
+    layout = Layout(size.length, size.rows, size.packed, 0)
+    graphs = Graphs(model, bank, device=device, length=size.length, warn=print) if graphed else None
+    stepper = Stepper(model, bank, engine, loss_module.causal_lm_loss, layout, graphs)
     return bank, stepper, Trial(bank, engine, 0, Train(lr=1e-4, steps=1000), 1000)
 
 
@@ -151,17 +158,19 @@ def measure(model: Any, device: torch.device, size: Size, way: str, steps: int, 
     """Times, memory, losses of one way; the table of kernels where asked for."""
     fuse, patch = WAYS[way]
     set_recompute(model, size.recompute)
-    bank, stepper, trial = parts_of(model, device, size, fuse)
+    bank, stepper, trial = parts_of(model, device, size, fuse, graphed=way == "graph" and not size.recompute)
     samples = samples_of(size, model.config.vocab_size)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    losses, seconds = [], []
+    losses, seconds, launched = [], [], []
 
     def step() -> None:
         begin = time.perf_counter()
-        losses.append(stepper.train({0: samples}, {0: trial.step})[0])
+        found = stepper.start({0: samples}, {0: trial.step})
+        launched.append(time.perf_counter() - begin)
         trial.update()
+        losses.append(found()[0])
         _sync(device)
         seconds.append(time.perf_counter() - begin)
 
@@ -175,7 +184,14 @@ def measure(model: Any, device: torch.device, size: Size, way: str, steps: int, 
     median = statistics.median(seconds[3:steps])
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     tokens = sum(len(s.tokens) for s in samples)
-    return {"ms": median * 1e3, "tokens_per_s": tokens / median, "gib": peak, "losses": losses[:5], "table": table}
+    return {
+        "ms": median * 1e3,
+        "launch_ms": statistics.median(launched[3:steps]) * 1e3,
+        "tokens_per_s": tokens / median,
+        "gib": peak,
+        "losses": losses[:8],
+        "table": table,
+    }
 
 
 def _profile(step: Callable[[], None], plain_s: float, steps: int = 2) -> str:
@@ -218,9 +234,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="manta-profile-") as scratch:
         begin = time.monotonic()
         base = Base(id=str(base_folder(args.shape, Path(scratch))), random_init=0, quantize=args.quantize)
-        model = load_base(base, device=device).model
+        loaded = load_base(base, device=device)
+        model = loaded.model
         _sync(device)
-        print(f"{_name(device)}; torch {torch.__version__}; loaded in {time.monotonic() - begin:.1f} s", flush=True)
+        liger = "with" if loaded.report.fused_kernels else "WITHOUT"
+        seconds = time.monotonic() - begin
+        print(f"{_name(device)}; torch {torch.__version__}; {liger} Liger; loaded in {seconds:.1f} s", flush=True)
     for text in args.sizes.split(","):
         ways = args.ways.split(",")
         for way in ways:
@@ -231,7 +250,8 @@ def main() -> None:
                 print(f"{text:8s} {way:10s} FAILED {type(e).__name__}: {str(e)[:2000]}", flush=True)
                 continue
             table = found.pop("table")
-            told = f"{found['ms']:8.1f} ms {found['tokens_per_s']:8,.0f} tok/s {found['gib']:6.1f} GiB"
+            told = f"{found['ms']:8.1f} ms ({found['launch_ms']:.1f} to launch)"
+            told += f" {found['tokens_per_s']:8,.0f} tok/s {found['gib']:6.1f} GiB"
             losses = " ".join(f"{x:.5f}" for x in found["losses"])
             print(f"{text:8s} {way:10s} {told} losses {losses}", *([table] if table else []), sep="\n", flush=True)
             if args.log:

@@ -17,6 +17,22 @@ NAME = "manta"
 _PREFIX = "manta_prefix"
 
 
+def whole_rows(device: torch.device) -> Tensor:
+    """The mask that says: each row is one sequence, padding, if any, at its end; so being causal is all it takes.
+
+    For a model that ``use`` has seen, and whose layers look back over all of a row (``looks_back``). transformers would
+    find it out by reading the positions, which waits for the device.
+    """
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def looks_back(model: Any, length: int) -> bool:
+    """Whether every layer calls this module's attention and sees all that stands before it in ``length`` tokens."""
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return config._attn_implementation == NAME and all(w is None or w >= length for w in windows)
+
+
 @dataclass(frozen=True)
 class Prefix:
     """Keys and values that stand before those of each row."""
@@ -39,6 +55,8 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' ``sdpa``; where ``set_prefix`` was called for the module, every query sees its row's prefix too."""
+    if attention_mask is not None and attention_mask.shape[2:] == (1, 1) and key_BGLD.shape[2] > 1:
+        attention_mask = None  # ``whole_rows``
     prefix: Prefix | None = module.__dict__.pop(_PREFIX, None)
     if prefix is not None:
         if attention_mask is None:

@@ -43,6 +43,8 @@ class LoadReport:
     """Bytes of parameters that this rank holds."""
     state_bytes: int
     """Bytes of quantization state, on every rank."""
+    fused_kernels: bool
+    """Whether Liger's kernels took the place of the model's norms, activations and rotations."""
     peak_rss: int
     """Highest resident memory of the process so far, bytes."""
     seconds: float
@@ -114,13 +116,13 @@ def load_base(
         ) from e
     model.requires_grad_(False).eval()
     model.config.use_cache = False
-    _fuse_kernels(model, base, torch.device(device))
+    fused = _fuse_kernels(model, base, torch.device(device))
     use(model)
     return FrozenBase(
         model=model,
         tokenizer=load_tokenizer(base),
         identity=identity or source_identity(base, dtype=dtype, unquantized=unquantized),
-        report=_report(model, base, count, time.monotonic() - begin, unquantized),
+        report=_report(model, base, count, time.monotonic() - begin, unquantized, fused),
         source=lambda site: _source_weight(base, site, encoder=encoder),
     )
 
@@ -316,19 +318,21 @@ def _buffers(model: Any, device: torch.device) -> None:
             model._init_weights(module)
 
 
-def _fuse_kernels(model: Any, base: Base, device: torch.device) -> None:
+def _fuse_kernels(model: Any, base: Base, device: torch.device) -> bool:
     if base.kernels == "none" or (base.kernels == "auto" and device.type != "cuda"):
-        return
+        return False
     try:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as e:
         if base.kernels == "liger":
             raise BaseModelError("base.kernels=liger needs the package liger-kernel (extra `gpu`)") from e
-        return
+        return False
     _apply_liger_kernel_to_instance(model=model)
+    modules = (getattr(m.forward, "__module__", "") for m in model.modules())
+    return any(name.startswith("liger_kernel") for name in modules)  # it knows some architectures
 
 
-def _report(model: Any, base: Base, count: int, seconds: float, unquantized: frozenset[int]) -> LoadReport:
+def _report(model: Any, base: Base, count: int, seconds: float, unquantized: frozenset[int], fused: bool) -> LoadReport:
     _, layers = decoder_layers(model)
     wanted = nn.ModuleList(layer for index, layer in enumerate(layers) if index not in unquantized)
     held = [m for m in wanted.modules() if isinstance(m, NF4Linear | Int8Linear)]
@@ -346,6 +350,7 @@ def _report(model: Any, base: Base, count: int, seconds: float, unquantized: fro
         bytes_total=sum(_elements(p) * p.element_size() for p in model.parameters()),
         bytes_here=sum(_here(p) for p in model.parameters()),
         state_bytes=sum(m.state_bytes() for m in held),
+        fused_kernels=fused,
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
         seconds=seconds,
     )

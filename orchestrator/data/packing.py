@@ -7,9 +7,11 @@ Shapes: B rows, T tokens.
 
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from orchestrator.data.batch import IGNORE, Batch, Sample
 from orchestrator.errors import DataError
@@ -102,28 +104,28 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
     Padding is a segment of its own, with the row's slot, and no targets.
     """
     width = max(-(-max(r.size for r in rows) // _MULTIPLE), 1) * _MULTIPLE
-    columns: tuple[list[list[int]], ...] = ([], [], [], [], [], [])  # as the fields of Batch
-    for row in rows:
-        lead = row.virtual
-        segments = [([pad_id] * lead + s.tokens, [IGNORE] * lead + _labels(s), s.key) for s in row.samples]
-        if pad := width - row.size:
-            segments.append(([pad_id] * pad, [IGNORE] * pad, -1))
-        line = (
-            [t for tokens, _, _ in segments for t in tokens],
-            [t for _, labels, _ in segments for t in labels],
-            [row.slot] * width,
-            [i for i, (tokens, _, _) in enumerate(segments) for _ in tokens],
-            [row.offset + i for tokens, _, _ in segments for i in range(len(tokens))],
-            [key for tokens, _, key in segments for _ in tokens],
-        )
-        for column, values in zip(columns, line, strict=True):
-            column.append(values)
-    return Batch(*(torch.tensor(c, dtype=torch.long) for c in columns))
+    columns = np.empty((len(fields(Batch)), len(rows), width), dtype=np.int64)
+    tokens_BT, labels_BT, slot_BT, segment_BT, position_BT, sample_BT = columns
+    tokens_BT[:], labels_BT[:], sample_BT[:] = pad_id, IGNORE, -1
+    for b, row in enumerate(rows):
+        slot_BT[b] = row.slot
+        at = 0
+        for number, sample in enumerate(row.samples):
+            begin, at = at, at + row.virtual + len(sample.tokens)
+            own = slice(begin + row.virtual, at)
+            tokens_BT[b, own], labels_BT[b, own] = sample.tokens, _labels(sample)
+            segment_BT[b, begin:at], sample_BT[b, begin:at] = number, sample.key
+            position_BT[b, begin:at] = np.arange(row.offset, row.offset + at - begin)
+        segment_BT[b, at:] = len(row.samples)
+        position_BT[b, at:] = np.arange(row.offset, row.offset + width - at)
+    return Batch(*torch.from_numpy(columns).unbind())
 
 
-def _labels(sample: Sample) -> list[int]:
+def _labels(sample: Sample) -> NDArray[np.int64]:
     """Per token the next one, where that is a target; or the sample's label, at its last token."""
+    labels = np.full(len(sample.tokens), IGNORE)
     if sample.label is not None:
-        return [*[IGNORE] * (len(sample.tokens) - 1), sample.label]
-    following = zip(sample.tokens[1:], sample.trained[1:], strict=True)
-    return [*(t if trained else IGNORE for t, trained in following), IGNORE][: len(sample.tokens)]
+        labels[-1:] = sample.label
+    else:
+        labels[:-1] = np.where(sample.trained[1:], sample.tokens[1:], IGNORE)
+    return labels

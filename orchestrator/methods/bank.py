@@ -265,12 +265,30 @@ class Bank:
         for stack in self._stacks():
             stack.hand_out()
 
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
+    def zero_grad(self, *, keep: bool = False) -> None:
+        """Forget all gradients; with ``keep`` they become zeros where they are, and stay there."""
+        if keep:
+            leaves = list(self.leaves().values())
+            for leaf in leaves:
+                if leaf.grad is None:
+                    leaf.grad = torch.empty_like(leaf)
+            if grads := [leaf.grad for leaf in leaves if leaf.grad is not None]:
+                torch._foreach_zero_(grads)
+            return
         for stack in self._stacks():
             stack.zero_grad()
         for parameter in self._foreign().values():
             parameter.grad = None
+
+    @property
+    def version(self) -> int:
+        """Another number whenever slots have come, gone or changed size: tensors that a pass reads have moved."""
+        return self._wiring.version
+
+    def steady(self, slot: int) -> bool:
+        """Whether a training pass of this slot does the same work each time: no dropout, none of peft's modules."""
+        here = self._slots[slot]
+        return here.foreign is None and not any(part.method.dropout(part.knobs) for part in here.parts)
 
     @contextmanager
     def routed(

@@ -92,7 +92,7 @@ class Route:
 
     def __post_init__(self) -> None:
         slots_N = self.slot_BT.reshape(-1).cpu()
-        self._tokens = {int(s): (slots_N == s).nonzero().squeeze(1) for s in set(slots_N.tolist())}
+        self._tokens = {s: (slots_N == s).nonzero().squeeze(1) for s in torch.unique(slots_N).tolist()}
         self._count = slots_N.numel()
 
     def group(self, slots: Sequence[int]) -> Group | None:
@@ -135,6 +135,8 @@ class Route:
         active = tuple(s for s in slots if s in self._tokens)
         if not active:
             return None
+        if len(self._tokens) == 1:
+            return Group(active, None, None, None, self._count)
         most = max(len(self._tokens[s]) for s in active)
         index_GM = torch.empty(len(active), most, dtype=torch.long)
         back_N = torch.zeros(self._count, dtype=torch.long)

@@ -19,6 +19,8 @@ class Stack:
         """The trained part of each slot that has one."""
         self._shapes: dict[int, Shape] = {}
         self._parts: dict[int, Shape | None] = {}
+        self._handed: Tensor | None = None
+        """The leaf's gradient whose windows the views have."""
 
     def put(self, slot: int, value: Tensor, part: Shape | None) -> None:
         """Add a slot, or replace it at another size; the leading ``part`` of the value is trained."""
@@ -44,6 +46,7 @@ class Stack:
         return _window(self.leaf.detach(), self.order.index(slot), self._shapes[slot])
 
     def _rebuild(self, values: dict[int, Tensor]) -> None:
+        self._handed = None
         if not self.order:
             self.leaf = None
             return
@@ -68,11 +71,15 @@ class Stack:
         """Give each slot's trained part its part of the leaf's gradient."""
         if self.leaf is None or self.leaf.grad is None:
             return
+        if self.leaf.grad is self._handed:  # kept from the last step, and so are its windows
+            return
         for slot, view in self.views.items():
             view.grad = _window(self.leaf.grad, self.order.index(slot), tuple(view.shape))
+        self._handed = self.leaf.grad
 
     def zero_grad(self) -> None:
         """Forget gradients."""
+        self._handed = None
         if self.leaf is not None:
             self.leaf.grad = None
         for view in self.views.values():
@@ -81,6 +88,8 @@ class Stack:
 
 def _window(leaf: Tensor, row: int, shape: Shape) -> Tensor:
     window = leaf[row]
+    if window.shape == shape:
+        return window
     for dim, size in enumerate(shape):
         window = window.narrow(dim, 0, size)
     return window

@@ -55,6 +55,8 @@ class Wiring:
         self.sites: dict[str, dict[str, Site]] = {}
         """Module name -> method and hook -> what is there."""
         self.route: Route | None = None
+        self.version = 0
+        """Another number whenever tensors that a pass reads may have moved."""
         self._handles: dict[tuple[str, Hook], list[Any]] = {}
         self._block_input: dict[str, Tensor] = {}
         self._added: set[str] = set()
@@ -69,6 +71,7 @@ class Wiring:
     def changed(self, site: str) -> None:
         """Slots have come or gone: take off hooks that nobody needs, forget what depended on who was there."""
         self._cache.clear()
+        self.version += 1
         needed = {here.hook for here in self.sites.get(site, {}).values()}
         for name, hook in [key for key in self._handles if key[0] == site and key[1] not in needed]:
             for handle in self._handles.pop((name, hook)):
@@ -266,6 +269,7 @@ class Wiring:
         if key not in self._cache:
             if len(self._cache) >= _MOST_CACHED:
                 self._cache.clear()  # a server meets ever new combinations of slots
+                self.version += 1  # what was recorded stands on these tensors
             self._cache[key] = make()
         return self._cache[key]
 

@@ -105,9 +105,9 @@ class Loop:
         begin = time.perf_counter()
         samples = self.source.take(self.train.batch_size)
         slot = self.trial.slot
-        loss = self.stepper.train({slot: samples}, {slot: self.trial.step})[slot]
+        losses = self.stepper.start({slot: samples}, {slot: self.trial.step})
         update = self.trial.update()
-        self.metrics["loss"] = loss
+        self.metrics["loss"] = loss = losses()[slot]  # after the update, which waits for the device once
         if self.trial.step % self.rhythm.log == 0 or not self.trial.steps_left:
             seconds = time.perf_counter() - begin
             tokens = sum(len(s.tokens) for s in samples)

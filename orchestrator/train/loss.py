@@ -49,18 +49,23 @@ class _TokenLoss(torch.autograd.Function):
 
 
 def cross_entropy_(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
-    """Losses [C], fp32, of logits that their gradient ``softmax - onehot`` takes the place of."""
+    """Losses [C], fp32, of logits that their gradient ``softmax - onehot`` takes the place of.
+
+    Both are zero in rows whose label is ``IGNORE``.
+    """
     if logits_CV.is_cuda:
         from orchestrator.base import loss_kernel  # triton comes with torch's CUDA builds alone
 
         return loss_kernel.cross_entropy_(logits_CV, labels_C)
     exact_CV = logits_CV.float()
     log_z_C1 = exact_CV.logsumexp(1, keepdim=True)
-    label_C1 = labels_C.unsqueeze(1)
-    losses_C = (log_z_C1 - exact_CV.gather(1, label_C1)).squeeze(1)
+    ignored_C1 = (labels_C == IGNORE).unsqueeze(1)
+    label_C1 = labels_C.unsqueeze(1).clamp_min(0)
+    losses_C1 = (log_z_C1 - exact_CV.gather(1, label_C1)).masked_fill_(ignored_C1, 0)
     p_CV = (exact_CV - log_z_C1).exp_()
-    logits_CV.copy_(p_CV.scatter_add_(1, label_C1, torch.full_like(p_CV[:, :1], -1)))
-    return losses_C
+    p_CV.scatter_add_(1, label_C1, torch.full_like(p_CV[:, :1], -1))
+    logits_CV.copy_(p_CV.masked_fill_(ignored_C1, 0))
+    return losses_C1.squeeze(1)
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -69,10 +74,16 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     Sequences of a packed row do not see each other: transformers builds the block mask from positions that restart.
     Right where nothing changes the logits after the head; ``probe`` looks, and ``plain_loss`` is for the others.
     """
-    wanted_BT = batch.labels_BT != IGNORE
-    labels_N = batch.labels_BT[wanted_BT]
-    with _loss_in_place_of_logits(head(model), wanted_BT, labels_N):
-        return _call(model, batch), batch.slot_BT[wanted_BT.to(batch.slot_BT.device)]
+    labels = batch.labels_BT.flatten()
+    at_N = (labels != IGNORE).nonzero().squeeze(1)  # here, where there is nothing yet for the device to wait for
+    with _loss_in_place_of_logits(head(model), at_N, labels[at_N]):
+        return _call(model, batch), batch.slot_BT.flatten()[at_N.to(batch.slot_BT.device)]
+
+
+def fixed_loss(model: Any, batch: Batch, attention_mask: Tensor | None = None) -> Tensor:
+    """The same losses, of every token [B T]: zero where a token is no target. No shape depends on a value."""
+    with _loss_in_place_of_logits(head(model), None, batch.labels_BT.reshape(-1)):
+        return _call(model, batch, attention_mask=attention_mask)
 
 
 def plain_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -83,19 +94,24 @@ def plain_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return losses_N, batch.slot_BT[wanted_BT.to(batch.slot_BT.device)]
 
 
-def _call(model: Any, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch.tokens_BT, position_ids=batch.position_BT, use_cache=False).logits
+def _call(model: Any, batch: Batch, **options: Any) -> Tensor:
+    out = model(input_ids=batch.tokens_BT, position_ids=batch.position_BT, use_cache=False, **options)
+    logits: Tensor = out.logits
     return logits
 
 
 @contextmanager
-def _loss_in_place_of_logits(module: Any, wanted_BT: Tensor, labels_N: Tensor) -> Iterator[None]:
-    """The head returns its tokens' losses; the hooks around it, such as DeepSpeed's gathering, stay."""
+def _loss_in_place_of_logits(module: Any, at_N: Tensor | None, labels_N: Tensor) -> Iterator[None]:
+    """The head returns the losses of the tokens at these places, or of all; the hooks around it, such as DeepSpeed's
+    gathering, stay."""
 
     def forward(h_BTH: Tensor) -> Tensor:
         weight = module.weight.T if is_transposed(module) else module.weight
         bias = getattr(module, "bias", None)
-        losses: Tensor = _TokenLoss.apply(h_BTH[wanted_BT], weight, bias, labels_N)  # type: ignore[no-untyped-call]
+        h_NH = h_BTH.flatten(0, 1)
+        if at_N is not None:
+            h_NH = h_NH.index_select(0, at_N)
+        losses: Tensor = _TokenLoss.apply(h_NH, weight, bias, labels_N)  # type: ignore[no-untyped-call]
         return losses
 
     module.forward = forward

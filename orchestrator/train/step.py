@@ -15,6 +15,7 @@ from orchestrator.data import Sample, deal, pack
 from orchestrator.data.batch import Batch
 from orchestrator.methods.bank import Bank
 from orchestrator.train.engine import Engine
+from orchestrator.train.graph import Graphs
 
 Evaluate = Callable[[Mapping[int, Sequence[Sample]]], dict[int, dict[str, float]]]
 """Each slot's held-out samples to its metrics. Every rank must call it."""
@@ -37,10 +38,16 @@ class Layout:
 
 
 class Stepper:
-    """Packs samples, deals them to ranks, and sums losses and gradients over them."""
+    """Packs samples, deals them to ranks, and sums losses and gradients over them.
 
-    def __init__(self, model: Any, bank: Bank, engine: Engine, loss: Loss, layout: Layout) -> None:
+    With ``graphs``, whose loss is ``causal_lm_loss``, small passes go through them where they can.
+    """
+
+    def __init__(
+        self, model: Any, bank: Bank, engine: Engine, loss: Loss, layout: Layout, graphs: Graphs | None = None
+    ) -> None:
         self.model, self.bank, self.engine, self.loss, self.layout = model, bank, engine, loss, layout
+        self.graphs = graphs
 
     def train(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]) -> dict[int, float]:
         """Losses of a forward and backward pass over everyone's samples; each parameter has its gradient after it.
@@ -52,28 +59,41 @@ class Stepper:
         Returns:
             Each slot's loss, a mean over its target tokens on all ranks.
         """
-        self.bank.zero_grad()
-        losses = self._run(samples, steps)
+        return self.start(samples, steps)()
+
+    def start(
+        self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]
+    ) -> Callable[[], dict[int, float]]:
+        """The same, but for the losses: they come when they are asked for, which waits for the device."""
+        self.bank.zero_grad(keep=self.graphs is not None and self.graphs.on)
+        sum_S = self._run(samples, steps)
         self.engine.sum_gradients(self.bank.leaves())
         self.bank.hand_out_gradients()
-        return losses
+        return lambda: _means(samples, sum_S)
 
     def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, dict[str, float]]:
         """Each slot's ``eval_loss``, a mean over its samples' targets, without dropout or gradients."""
         with torch.no_grad():
-            return {slot: {"eval_loss": loss} for slot, loss in self._run(samples, None).items()}
+            means = _means(samples, self._run(samples, None))
+            return {slot: {"eval_loss": loss} for slot, loss in means.items()}
 
-    def _run(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int] | None) -> dict[int, float]:
+    def _run(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int] | None) -> Tensor:
+        """Sums [S] of the losses of each slot's targets, fp64."""
         slots = list(samples)
         device = self.engine.device
-        count_S = torch.tensor([max(1, sum(s.targets for s in samples[slot])) for slot in slots], dtype=torch.float64)
-        weight_S = (1 / count_S).float().to(device)
+        weight_S = (1 / _counts(samples)).float().to(device)
         place = torch.zeros(max(slots) + 1, dtype=torch.long)
         place[slots] = torch.arange(len(slots))
         place = place.to(device)
         sum_S = torch.zeros(len(slots), dtype=torch.float64, device=device)
         deep = steps is not None and len(slots) > 1
         for batch in self.deal(samples):
+            if steps is not None and self.graphs is not None:
+                index = slots.index(int(batch.slot_BT[0, 0]))
+                total = self.graphs.run(batch, weight_S[index])
+                if total is not None:
+                    sum_S[index] += total
+                    continue
             # Recomputed activations pass the hooks again, so the backward pass stays inside.
             with (
                 self.engine.alike(self.model) if deep else nullcontext(),
@@ -84,8 +104,8 @@ class Stepper:
                 sum_S.index_add_(0, index_N, losses_N.detach().double())
                 if steps is not None:
                     (losses_N * weight_S[index_N]).sum().backward()  # type: ignore[no-untyped-call]
-        self.engine.sum_(sum_S)
-        return dict(zip(slots, (sum_S.cpu() / count_S).tolist(), strict=True))
+                del losses_N  # recording a graph needs leaves that no earlier pass still hangs on
+        return self.engine.sum_(sum_S)
 
     def deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
         """This rank's micro-batches of everyone's samples; each rank has as many."""
@@ -105,3 +125,12 @@ class Stepper:
                 pad_id=self.layout.pad_id,
             )
         ]
+
+
+def _counts(samples: Mapping[int, Sequence[Sample]]) -> Tensor:
+    """Targets [S] of each slot."""
+    return torch.tensor([max(1, sum(s.targets for s in own)) for own in samples.values()], dtype=torch.float64)
+
+
+def _means(samples: Mapping[int, Sequence[Sample]], sum_S: Tensor) -> dict[int, float]:
+    return dict(zip(samples, (sum_S.cpu() / _counts(samples)).tolist(), strict=True))

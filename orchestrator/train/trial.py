@@ -87,9 +87,8 @@ class Trial:
 
     def _norm(self) -> float:
         squares = torch.zeros((), device=self.engine.device, dtype=torch.float64)
-        grads = self._grads()  # none, on a rank that owns no tensor
-        for norm in torch._foreach_norm(grads) if grads else ():
-            squares += norm.double().square()
+        if grads := self._grads():  # none, on a rank that owns no tensor
+            squares += torch.stack(torch._foreach_norm(grads)).double().square().sum()
         if self.engine.stage in (1, 2):
             self.engine.sum_(squares)
         return float(squares.sqrt())

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.engine import Engine, least
 from orchestrator.train.fisher import fisher
+from orchestrator.train.graph import Graphs
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
 from orchestrator.train.probe import probe, probe_classifier
@@ -115,6 +117,9 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
         found = probe(model, bank, SLOT, place.device, **look)
     loaded = {**base.report.as_dict(), "stage": engine.stage, "gathered_alive": found.gathered_alive}
     reporter.event("loaded", loaded)
+    if place.device.type == "cuda" and run.base.kernels == "auto" and find_spec("liger_kernel") is None:
+        text = "liger-kernel is not installed (extra `gpu`): norms and activations are not fused, steps take longer"
+        reporter.event("warning", {"text": text})
     packing = run.data.packing and found.packs
     if run.data.packing and not packing:
         reporter.event("warning", {"text": "this model lets packed sequences see each other: one sample a row instead"})
@@ -123,7 +128,10 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     if classifies:
         loss = classifier = Classifier(bank, encoder=encoder, packed=packing)
     layout = Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id)
-    stepper = Stepper(model, bank, engine, loss, layout)
+    graphs = None
+    if loss is causal_lm_loss and engine.stage != 3 and not run.train.recompute and not run.method.whole_base:
+        graphs = Graphs.of(model, bank, place.device, run.data.length, reporter)
+    stepper = Stepper(model, bank, engine, loss, layout, graphs)
     evaluate: Evaluate = evaluator(stepper, classifier) if classifies else stepper.evaluate
     loop = Loop(
         train=train,
