@@ -26,9 +26,9 @@ class Group:
     """Which tokens belong to any of the slots; None for all."""
     count: int
     """N."""
-    token_R: Tensor
-    """Numbers of the R tokens of these slots, slot by slot."""
-    real_R: Tensor | None
+    token_R: Tensor | None = None
+    """Numbers of the R tokens of these slots, slot by slot; None where they already lie so."""
+    real_R: Tensor | None = None
     """Their places among the K; None where no group was filled up."""
 
     @property
@@ -58,7 +58,7 @@ class Group:
         Costs these tokens alone, so that many methods in one batch cost no more than one.
         """
         added_KF = added_GMF.reshape(-1, added_GMF.shape[-1])
-        if self.index_K is None and self.owned_N1 is None:
+        if self.token_R is None:
             return y + added_KF.view(y.shape)
         if self.real_R is not None:
             added_KF = added_KF.index_select(0, self.real_R)
@@ -158,6 +158,6 @@ class Route:
             back_N=None if in_order else back_N.to(self.device),
             owned_N1=None if owned_N.all() else owned_N.unsqueeze(1).to(self.device),
             count=self._count,
-            token_R=token_R.to(self.device),
+            token_R=None if in_order else token_R.to(self.device),
             real_R=None if min(counts) == most else real_R.to(self.device),
         )
