@@ -4,7 +4,8 @@
 
 Sets: ``sst2`` and ``banking77`` (classification, a pretrained MiniLM encoder; three seeds, learning rate chosen per
 method on a dev split) and ``e2e`` (generation, the demo base, BLEU). All trials of a set train at once, packed on one
-frozen base, and that is what makes the choice of learning rates cheap. ``--data`` holds ``sst2``, ``banking77`` and
+frozen base, and that is what makes the choice of learning rates cheap: first every rate with one seed, then the best
+with the others. ``--data`` holds ``sst2``, ``banking77`` and
 ``e2e_nlg`` as JSONL; ``--encoder`` is a transformers folder of ``sentence-transformers/all-MiniLM-L6-v2``.
 
 What is done is kept in ``--out`` (one JSON line a trial), and is not done again: kill it and start it anew. At the end
@@ -20,7 +21,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from methods_settings import SEEDS, SETTINGS, Trial, trials
+from methods_settings import SEEDS, SETTINGS, Trial, best_lr, trials
 
 HERE = Path(__file__).parent
 PARTS = ("sst2", "banking77", "e2e", "cost", "peft-sst2", "peft-banking77")
@@ -86,10 +87,17 @@ def part(args: argparse.Namespace, name: str) -> None:
     else:
         from methods_sets import run
 
-        seeds = SEEDS[:1] if name == "e2e" else SEEDS
-        asked = [t for t in trials(names, seeds) if (t.setting, t.lr, t.seed) not in log.done]
-        if asked:
-            run(args, name, asked, log)
+        todo(args, name, trials(names, SEEDS[:1]), log, run)
+        if name != "e2e":
+            chosen = [Trial(n, best_lr(log.lines, n), seed) for n in names for seed in SEEDS[1:]]
+            todo(args, name, chosen, log, run)
+
+
+def todo(args: argparse.Namespace, name: str, wanted: list[Trial], log: "Log", run: Any) -> None:
+    """Run what is not done yet, all at once."""
+    asked = [t for t in wanted if (t.setting, t.lr, t.seed) not in log.done]
+    if asked:
+        run(args, name, asked, log)
 
 
 class Log:

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from methods_settings import SETTINGS
+from methods_settings import SETTINGS, best_lr
 
 AT_ONCE = 8
 
@@ -25,9 +25,7 @@ def beside_peft(args: argparse.Namespace, log: Any, name: str, names: list[str])
     jobs = []
     for setting in wanted:
         mine = [v for v in ours if v["setting"] == setting]
-        lrs = {v["lr"] for v in mine}
-        lr = max(lrs, key=lambda rate: float(np.mean([v["dev"] for v in mine if v["lr"] == rate])))
-        jobs += [(setting, lr, seed) for seed in sorted({v["seed"] for v in mine})]
+        jobs += [(setting, best_lr(mine, setting), seed) for seed in sorted({v["seed"] for v in mine})]
     jobs = [job for job in jobs if job not in log.done]
     at_once = AT_ONCE if args.device == "cuda" else 1
     plain = {k: v for k, v in vars(args).items() if k not in ("part", "func")}

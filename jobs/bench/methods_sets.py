@@ -39,8 +39,8 @@ class Set:
 
 
 SETS = {
-    "sst2": Set(Classification(pooling="mean"), "sst2/train_sentences", "sst2/dev", "sst2/test", 128, 32, 3),
-    "banking77": Set(Classification(pooling="mean"), "banking77/train", None, "banking77/test", 128, 32, 6),
+    "sst2": Set(Classification(pooling="mean"), "sst2/train_sentences", "sst2/dev", "sst2/test", 128, 32, 2),
+    "banking77": Set(Classification(pooling="mean"), "banking77/train", None, "banking77/test", 128, 32, 5),
     "e2e": Set(CausalLM(), "e2e_nlg/train_10k", None, "e2e_nlg/test_grouped", 256, 16, 1, 2.0),
 }
 

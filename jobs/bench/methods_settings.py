@@ -57,3 +57,9 @@ class Trial:
 def trials(names: list[str], seeds: tuple[int, ...]) -> list[Trial]:
     """Every setting at every learning rate and seed."""
     return [Trial(name, lr, seed) for name in names for lr in SETTINGS[name].lrs for seed in seeds]
+
+
+def best_lr(lines: list[dict[str, Any]], setting: str) -> float:
+    """The learning rate that the first seed was best with on the dev split."""
+    mine = [v for v in lines if v["setting"] == setting and v["seed"] == SEEDS[0]]
+    return float(max(mine, key=lambda v: v["dev"])["lr"])
