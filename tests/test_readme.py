@@ -77,9 +77,19 @@ def test_the_run_file_of_the_readme_reads(tmp_path: Path) -> None:
 
 def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:
     measured = Path("jobs/bench/gpu.md").read_text().replace("Manta, replicated (shard: 0)", "Manta")
-    rows = [line for line in README.splitlines() if re.match(r"\| (peft|Manta).*\| (yes|no) \|", line)]
-    assert len(rows) == 6
-    assert all(row in measured for row in rows)
+    rows = [line for line in README.splitlines() if re.match(r"\| [14] x \d+[^|]*\| (peft|Manta)", line)]
+    assert len(rows) == 9
+    assert all(f"|{row.split('|', 2)[2]}" in measured for row in rows)
+
+
+def test_methods_in_the_readme_are_the_benchmarks() -> None:
+    measured = [[c.strip() for c in line.split("|")] for line in Path("jobs/bench/methods.md").read_text().splitlines()]
+    kept = {tuple(c[n] for n in (1, 2, 3, 4, 5, 6, 10, 11)) for c in measured if len(c) > 11}
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")] for line in README.splitlines() if re.search(r" [kM]B \|", line)
+    ]
+    assert len(rows) > 10
+    assert {tuple(row) for row in rows} <= kept
 
 
 def test_memory_in_the_readme_is_the_benchmarks() -> None:
