@@ -61,15 +61,20 @@ def evaluate(
     subject = subject_of(config.delta, registry)
     if promote and subject.version is None:
         raise ConfigError(f"--promote needs a registered delta, and {ref} is {'none' if subject.delta else 'the base'}")
-    told = run(config, subject, registry, show, output, as_json=as_json)
-    if promote and subject.version is not None:
-        gate(config, told, promote, registry, show)
+    result, told = run(config, subject, registry, show, output)
+    if as_json:
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        for name, value in result.metrics.items():
+            typer.echo(f"{name:<12}{value:.6g}")
+    if promote:
+        gate(config, result, promote, registry, show)
 
 
 def run(
-    config: Evaluation, subject: "Subject", registry: "Registry", show: "Show", output: Path | None, *, as_json: bool
-) -> "Result":
-    """Evaluate, keep predictions and metrics, tell them."""
+    config: Evaluation, subject: "Subject", registry: "Registry", show: "Show", output: Path | None
+) -> tuple["Result", dict[str, Any]]:
+    """Evaluate, and keep predictions and metrics; what was found, and the same in plain values."""
     from orchestrator.evaluate import evaluate as work
     from orchestrator.evaluate_show import write_predictions
 
@@ -80,17 +85,12 @@ def run(
     write_predictions(file, result.predictions)
     done = result.as_evaluation(config)
     where = registry.log_evaluation(done, subject.version, file)
-    if as_json:
-        told: dict[str, Any] = {"ref": subject.ref, "data": done.data, "digest": done.digest, "records": done.records}
-        told |= {"recipe": done.recipe, "metrics": dict(done.metrics), "predictions": str(file), "run": where}
-        typer.echo(json.dumps(told, indent=2))
-    else:
-        for name, value in done.metrics.items():
-            typer.echo(f"{name:<12}{value:.6g}")
     show.say(f"records   {done.records} (digest {done.digest[:16]})")
     show.say(f"file      {file}")
     show.say(f"MLflow    {where}")
-    return result
+    told: dict[str, Any] = {"ref": done.ref, "data": done.data, "digest": done.digest, "records": done.records}
+    told |= {"recipe": done.recipe, "metrics": dict(done.metrics), "predictions": str(file), "run": where}
+    return result, told
 
 
 def gate(config: Evaluation, result: "Result", metric: str, registry: "Registry", show: "Show") -> None:
@@ -109,5 +109,6 @@ def gate(config: Evaluation, result: "Result", metric: str, registry: "Registry"
         asked = {key: getattr(config.base, key) for key in config.base.model_fields_set}
         held = {"quantize": result.base.quantize, "precision": result.base.precision}
         again = config.model_copy(update={"base": Base(**{**asked, **held}), "delta": champion.ref})
-        run(again, subject_of(champion.ref, registry), registry, show, None, as_json=False)
+        theirs, _ = run(again, subject_of(champion.ref, registry), registry, show, None)
+        show.say(f"champion  {champion.ref}: {metric} {theirs.metrics[metric]:.6g}")
     show.say(promote_if_better(registry, version.ref, metric, key=key).why)

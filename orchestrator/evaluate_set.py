@@ -11,7 +11,7 @@ from typing import Any
 from orchestrator.config import Data, Source
 from orchestrator.config.openai import ChatRequest, CompletionRequest, Message
 from orchestrator.data import Renderer, Sample
-from orchestrator.data.read import open_source
+from orchestrator.data.read import find_files, open_source
 from orchestrator.data.records import Example, parse, place, rename
 from orchestrator.errors import DataError, ServeError
 from orchestrator.serve.prompt import Prompter
@@ -34,7 +34,7 @@ class EvalSet:
     """The records in their order."""
 
     name: str
-    """What the set is called: its path."""
+    """What the set is called: its path, or hub name and split."""
     items: list[Item]
     """The records."""
     digest: str
@@ -58,7 +58,8 @@ def read_set(source: Source, limit: int | None = None) -> EvalSet:
             items.append(_item(where, fields, source))
     if not items:
         raise DataError(f"{source.path}: holds no records, so there is nothing to evaluate on")
-    return EvalSet(source.path, items, total.hexdigest())
+    name = source.path if find_files(source.path) else reader.names[0]  # of a hub set with its split
+    return EvalSet(name, items, total.hexdigest())
 
 
 def _item(where: str, fields: dict[str, Any], source: Source) -> Item:

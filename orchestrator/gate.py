@@ -89,8 +89,8 @@ def _common(version: Version, other: Version, metric: str, key: str | None) -> s
         newest: dict[str, Any] = max(mine.values(), key=_at)
         raise RegistryError(
             f"{other.ref} has no evaluation with {metric} that can be compared with one of {version.ref} (same "
-            f"records, base held as {newest.get('recipe')}, same settings); run: manta eval {other.ref} --data "
-            f"{newest.get('data')} --metric {metric}, with the settings of the other"
+            f"records, base held as {newest.get('recipe')}, same settings); run manta eval {other.ref} on "
+            f"{newest.get('data')}, too, or manta eval {version.ref} with --promote {metric}"
         )
     return max(both, key=lambda k: _at(mine[k]))
 
