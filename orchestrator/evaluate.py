@@ -19,7 +19,7 @@ from orchestrator.config import Base, CausalLM, Classification, Data, Evaluation
 from orchestrator.data import NO_SLOT, Sample, deal, pack
 from orchestrator.data.labels import TextEncoder
 from orchestrator.delta import Delta, check_base, load_delta
-from orchestrator.errors import ConfigError, DataError, ServeError
+from orchestrator.errors import ConfigError, DataError, OutOfMemoryError, ServeError
 from orchestrator.evaluate_set import EvalSet, labelled, need_references, prompts, read_set, targets
 from orchestrator.evaluate_show import Show
 from orchestrator.methods import Bank, from_files, method_of
@@ -111,6 +111,7 @@ def evaluate(config: Evaluation, subject: Subject, show: Show) -> Result:
         ConfigError: a metric is unknown or does not fit.
         DataError: the set is empty, or a record lacks references or a label, or has an unknown label.
         WrongBaseError: the delta was made for other source weights.
+        OutOfMemoryError: base or records do not fit.
     """
     delta = subject.delta
     task = task_of(delta) if delta else CausalLM()
@@ -140,8 +141,13 @@ def evaluate(config: Evaluation, subject: Subject, show: Show) -> Result:
     if delta:
         tensors = from_files(knobs_of(delta), task, delta.tensors, bank.scope)
         bank.add(_SLOT, knobs_of(delta), tensors=tensors, task=task)
-    with torch.no_grad():
-        metrics, predictions = run(loaded, bank, _SLOT if delta else NO_SLOT, show)
+    try:
+        with torch.no_grad():
+            metrics, predictions = run(loaded, bank, _SLOT if delta else NO_SLOT, show)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"out of GPU memory: lower length ({config.length}) or rows ({config.rows}), or base.quantize=nf4"
+        ) from error
     ordered = {name: metrics[name] for name in names}
     return Result(subject, base, identity, data, ordered, predictions)
 

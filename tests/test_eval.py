@@ -183,6 +183,7 @@ def test_predictions_are_those_of_transformers_and_metrics_those_of_sklearn(made
         h_NH, head["base_model.model.classifier.weight"], head["base_model.model.classifier.bias"]
     )
     expected = [ANIMALS[at] for at in logits_NC.argmax(1).tolist()]
+    assert set(expected) == set(ANIMALS)
     right = [record["label"] for record in RECORDS]
     assert [said["prediction"] for said in found.predictions] == expected
     assert [(said["text"], said["label"]) for said in found.predictions] == [(r["text"], r["label"]) for r in RECORDS]
