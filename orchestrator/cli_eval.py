@@ -55,12 +55,15 @@ def evaluate(
     from orchestrator.evaluate import subject_of  # here and below, since it loads torch
     from orchestrator.evaluate_show import Show, check_output
     from orchestrator.registry import Registry
+    from orchestrator.train.task import task_of
 
     output = check_output(output) if output else None
     show, registry = Show(), Registry(config.tracking)
     subject = subject_of(config.delta, registry)
     if promote and subject.version is None:
         raise ConfigError(f"--promote needs a registered delta, and {ref} is {'none' if subject.delta else 'the base'}")
+    if promote and subject.delta:
+        check_metrics([promote], task_of(subject.delta).type)
     result, told = run(config, subject, registry, show, output)
     if as_json:
         typer.echo(json.dumps(told, indent=2))

@@ -91,6 +91,10 @@ def test_the_command_keeps_everything_and_promotes(
     out = tmp_path / "said" / "out.jsonl"
     words = ["eval", "talker@candidate", "--data", str(made.asked), "--metric", "exact_match", "--max-tokens", "3"]
     with pytest.raises(SystemExit) as ended:
+        main(["eval", "talker@candidate", "--data", str(made.asked), "--promote", "accuracy"])
+    assert ended.value.code == 2
+    assert "'accuracy' does not fit the task causal_lm" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as ended:
         main([*words, "--output", str(out), "--json", "--promote", "loss"])
     heard = capfd.readouterr()
     told = json.loads(heard.out)
