@@ -12,6 +12,7 @@ import typer
 
 from orchestrator import __version__
 from orchestrator.cli_deltas import app as deltas
+from orchestrator.cli_eval import evaluate
 from orchestrator.errors import ConfigError, MantaError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(deltas, name="deltas", help="List, show, import, promote, export and clean up deltas.")
+app.command("eval")(evaluate)
 
 Words = Annotated[
     list[str] | None,

@@ -98,7 +98,7 @@ def show(ref: Ref, as_json: Json = False, uri: Uri = None) -> None:
         came = f", from version {move['from']}" if move.get("from") else ""
         rows[f"{alias} moved here"] = f"{move.get('at')} by {move.get('by')}{came}"
     rows |= {f"metric {key}": f"{value:.6g}" for key, value in sorted(version.metrics.items())}
-    hidden = ("manta.alias.", "manta.metrics", "manta.sha256", "manta.files", "manta.model_id")
+    hidden = ("manta.alias.", "manta.metrics", "manta.sha256", "manta.files", "manta.model_id", "manta.evaluation.")
     rows |= {k.removeprefix("manta."): v for k, v in sorted(version.tags.items()) if not k.startswith(hidden)}
     for key, value in redacted(rows).items():
         table.add_row(escape(key), escape(str(value or "")))
@@ -135,9 +135,20 @@ def promote(
     ref: Ref,
     alias: Annotated[str, typer.Option(help="Alias to move.")] = "champion",
     by: Annotated[str | None, typer.Option(help="Who moves it; default: the login name.")] = None,
+    if_better: Annotated[
+        str | None, typer.Option(help="Only if this metric of `manta eval` is better, on the same records.")
+    ] = None,
+    than: Annotated[str | None, typer.Option(help="Alias to compare with; default: the one to move.")] = None,
     uri: Uri = None,
 ) -> None:
     """Move an alias to a version. Endpoints follow it without a restart."""
+    if if_better is not None:
+        from orchestrator.gate import promote_if_better
+
+        _say(promote_if_better(_registry(uri), ref, if_better, alias=alias, than=than, by=by).why)
+        return
+    if than is not None:
+        raise ConfigError("--than says whom --if-better METRIC compares with; give both or neither")
     version = _registry(uri).promote(ref, alias, by=by)
     _say(f"{version.name}@{alias} is version {version.version}")
 

@@ -81,3 +81,9 @@ class ClusterError(MantaError, RuntimeError):
     """Ray or the cluster does not offer what the run needs."""
 
     exit_code = 13
+
+
+class NotBetterError(MantaError, ValueError):
+    """A promotion is refused, since the metric does not improve; the message holds both figures."""
+
+    exit_code = 14

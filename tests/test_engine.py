@@ -128,6 +128,9 @@ def test_a_forward_that_raises_fails_the_row_that_causes_it():
         def lead(self, slot):
             return 0, 0
 
+        def changes_head(self, slot):
+            return False
+
         @contextmanager
         def routed(self, slot_BT, *, position_BT=None, prefixed=True):
             if (slot_BT == 9).any():

@@ -3,6 +3,7 @@
 from orchestrator.config.base import Base, Identity
 from orchestrator.config.cluster import Cluster, Tracking, Workers, Zero
 from orchestrator.config.data import Data, Source
+from orchestrator.config.evaluation import Evaluation
 from orchestrator.config.home import home
 from orchestrator.config.manifest import Manifest
 from orchestrator.config.method import (
@@ -35,6 +36,7 @@ __all__ = [
     "Classification",
     "Cluster",
     "Data",
+    "Evaluation",
     "Full",
     "Identity",
     "Knobs",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from orchestrator.config import checks
 from orchestrator.config.document import Document, Key, Mistake, dotted, read_yaml
+from orchestrator.config.evaluation import Evaluation
 from orchestrator.config.explain import Finding, explain, nearest, shown
 from orchestrator.config.run import Run
 from orchestrator.config.serving import Serving
@@ -33,6 +34,11 @@ def load_run(path: Path | str | None = None, overrides: Sequence[str] = ()) -> R
 def load_serving(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Serving:
     """Read an endpoint's config; as ``load_run``."""
     return _load(Serving, path, overrides, checks.serving_problems)
+
+
+def load_evaluation(overrides: Sequence[str]) -> Evaluation:
+    """An evaluation from ``key=value`` settings; as ``load_run``."""
+    return _load(Evaluation, None, overrides, lambda _: [])
 
 
 def apply_overrides(

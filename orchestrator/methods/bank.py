@@ -208,7 +208,7 @@ class Bank:
 
     def changes_head(self, slot: int) -> bool:
         """Whether a slot adds to the logits of the base's own head."""
-        return self.scope.head in self.sites(slot)
+        return slot != NO_SLOT and self.scope.head in self.sites(slot)
 
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
         """What of a slot is trained, ``<site>.<name>``; the same objects for the slot's life, for an optimizer."""

@@ -16,6 +16,7 @@ from orchestrator.config import Identity, Manifest, Task, Tracking
 from orchestrator.delta import CARD, CONFIG, FILES, Delta, load_delta, login, new_manifest, read_file, save_delta
 from orchestrator.errors import RegistryError
 from orchestrator.registry.door import Door
+from orchestrator.registry.evaluations import Evaluation, log_evaluation
 from orchestrator.registry.garbage import collect_garbage
 from orchestrator.registry.limits import PARAMS_PER_CALL, clean_key, flat_params, flat_tags
 from orchestrator.registry.names import CHAMPION, check_alias, check_name, parse_ref
@@ -240,6 +241,11 @@ class Registry:
                 self._door.client.set_model_version_tag(version.name, number, f"manta.alias.{alias}", value)
                 self._door.client.set_registered_model_alias(version.name, alias, number)
         return self.resolve(f"{version.name}:{version.version}")
+
+    def log_evaluation(self, done: Evaluation, version: Version | None, predictions: Path) -> str:
+        """Keep an evaluation as a run, and on the version that it is of. Returns where to look at the run."""
+        run_id = log_evaluation(self._door, done, version, predictions)
+        return self._run_url(self._door.experiment(), run_id)
 
     def collect_garbage(self, keep: int = 5, dry_run: bool = True, name: str | None = None) -> list[Version]:
         """Versions without an alias that are older than the newest ``keep`` of their name; deleted unless dry run."""

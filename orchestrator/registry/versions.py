@@ -11,6 +11,8 @@ from mlflow.exceptions import MlflowException
 
 KIND = "manta.kind"
 """Tag of registered models that hold deltas; others on the same server are left alone."""
+RECORD = "manta.evaluation."
+"""Prefix of a version's tags that each hold one evaluation."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,12 @@ class Version:
         """Every alias it has had: who moved it here, when, and from which version."""
         moves = {k.removeprefix("manta.alias."): _json(v) for k, v in self.tags.items() if k.startswith("manta.alias.")}
         return {alias: move for alias, move in moves.items() if isinstance(move, dict)}
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Its evaluations by what they may be compared under: ``data``, ``digest``, ``at``, ``metrics`` and more."""
+        found = {k.removeprefix(RECORD): _json(v) for k, v in self.tags.items() if k.startswith(RECORD)}
+        return {k: v for k, v in found.items() if isinstance(v, dict) and isinstance(v.get("metrics"), dict)}
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class Routes(Protocol):
     def lead(self, slot: int) -> tuple[int, int]:
         """A slot's virtual tokens and length of prefix."""
 
+    def changes_head(self, slot: int) -> bool:
+        """Whether a slot adds to the logits of the base's own head."""
+
     def prefix(self, slot: int) -> dict[int, tuple[Tensor, Tensor]]:
         """A slot's prefix, keys and values [heads, P, D], of each layer."""
 
@@ -260,6 +263,8 @@ class Engine:
         slot_BT = torch.tensor([[row.ticket.request.slot] * longest for row, _ in lines])
         view = window([row.index for row, _ in lines], [row.cached for row, _ in lines], counts, device)
         ends = sorted({count - 1 for count in counts})
+        if any(self._bank.changes_head(row.ticket.request.slot) for row, _ in lines):
+            ends = list(range(longest))  # a delta of the head is told by token, so the head sees all of them
         self._cache.window = view
         mask = self._masks(position_BT, view.length, [row.prefix for row, _ in lines])
         with self._bank.routed(slot_BT, position_BT=position_BT, prefixed=False):  # prefixes are in the cache

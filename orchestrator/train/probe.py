@@ -42,7 +42,8 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
     alive = _gathered_alive(model, bank, alone, quantized, plain_loss)
     with torch.no_grad():
         want = _losses(model, bank, alone, plain_loss)
-        in_head = _close(_losses(model, bank, alone, causal_lm_loss), want)
+        # A delta of the head adds to logits, of which there are none where the loss is computed in the head.
+        in_head = not bank.changes_head(slot) and _close(_losses(model, bank, alone, causal_lm_loss), want)
         packs = _close(_losses(model, bank, packed, plain_loss)[-(_LENGTH - 1) :], want)
     return Probe(alive, packs, in_head)
 

@@ -7,7 +7,7 @@ import torch
 from orchestrator.base import is_encoder
 from orchestrator.base.encoder import most_positions
 from orchestrator.base.load import empty_model
-from orchestrator.config import Classification, Method, Run, Task
+from orchestrator.config import Base, Classification, Method, Run, Task
 from orchestrator.data import Prepared, prepare
 from orchestrator.delta import Delta
 from orchestrator.errors import MethodError
@@ -31,11 +31,12 @@ def prepare_run(run: Run, tokenizer: Any, parent: Delta | None) -> Prepared:
 
 
 def _longest(run: Run, parent: Delta | None) -> int | None:
-    """Most tokens of a text, where the base's positions are few."""
-    if not uses_encoder(run):
-        return None
-    most = most_positions(empty_model(run.base, torch.float32, encoder=True))
-    knobs = run.method if parent is None else knobs_of(parent)
+    return longest_text(run.base, run.method if parent is None else knobs_of(parent)) if uses_encoder(run) else None
+
+
+def longest_text(base: Base, knobs: Method) -> int | None:
+    """Most tokens of a text that an encoder takes beside what a method puts before it; None where it has no bound."""
+    most = most_positions(empty_model(base, torch.float32, encoder=True))
     method = method_of(knobs)
     return None if most is None else most - method.virtual_tokens(knobs) - method.prefix_length(knobs)
 

@@ -124,7 +124,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     if run.data.packing and not packing:
         reporter.event("warning", {"text": "this model lets packed sequences see each other: one sample a row instead"})
     train = run.train.model_copy(update={"lr": run.lr})
-    loss: Loss = causal_lm_loss if found.in_head and not bank.changes_head(SLOT) else plain_loss
+    loss: Loss = causal_lm_loss if found.in_head else plain_loss
     if classifies:
         loss = classifier = Classifier(bank, encoder=encoder, packed=packing)
     layout = Layout(run.data.length, run.train.rows_per_pass, packing, tokenizer.pad_token_id)
