@@ -5,6 +5,8 @@
 (He et al. 2021, arXiv:2110.04366) z is the input of the feed-forward block's first linear. ``D`` [R, I] starts uniform
 (Kaiming, a = sqrt 5, as in He et al.), ``U`` [O, R] and the biases at zero, so the start is the base. A slot of smaller
 width is padded with zeros: exact, since act(0) = 0.
+
+Long, since there are three placements, and each activation is a kernel of its own.
 """
 
 import math

@@ -3,6 +3,8 @@
 ``y = l o (W x + b)`` with l [O] at the projections to keys and values, ``y = W (l o x) + b`` with l [I] at the last
 linear of a feed-forward block. ``l`` starts at one, so the start is the base. Where one linear makes queries, keys and
 values (GPT-2, GPT-NeoX, Phi-3), all of its output is scaled, as in peft.
+
+Long, since it acts at two hooks, and peft's directories come and go unchanged.
 """
 
 from collections.abc import Mapping, Sequence

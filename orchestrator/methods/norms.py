@@ -3,6 +3,8 @@
 n(x) is the layer's normalized input: LayerNorm's, or RMSNorm's without b. ``w`` and ``b`` [F] start as the base's own,
 w0 and b0, so the start is the base; ``(w - w0) o n(x) + (b - b0)`` is added. Gemma's ``(1 + w) o n(x)`` adds the same.
 A layer that works on heads (queries, keys) has the F of one head.
+
+Long, since peft's directories come and go unchanged.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,6 +4,8 @@
 the knob ``std``. Keys are as they are after any rotation, and positions begin at P, as in peft. The paper makes them
 with a network that is thrown away after training; here they are trained as they are (peft without
 ``prefix_projection``). In layers with a sliding window every query sees the prefix (peft: only those near it).
+
+Long, since peft keeps all layers in one table.
 """
 
 from collections.abc import Mapping, Sequence

@@ -4,6 +4,8 @@
 (the paper's best start without labels), of a text, or as normal noise as wide as the embeddings are. Where the
 embedding layer scales what it looks up (Gemma 3), the start is scaled and the prompt itself is not, as in peft.
 Virtual tokens move the sequence, so even a prompt of nothing is not the base.
+
+Long, since there are three starts, and peft's directories come and go unchanged.
 """
 
 from collections.abc import Mapping, Sequence

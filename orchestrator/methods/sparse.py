@@ -7,6 +7,8 @@ base's, and as many drawn ones take their places (SET, Mocanu et al. 2018, arXiv
 
 ``values`` [K] and ``index`` [K] (o I + i) are all that is kept. A smaller slot is padded with zeros that are added to
 entry 0.
+
+Long, since there are three ways to choose, and one to choose anew.
 """
 
 from collections.abc import Mapping
