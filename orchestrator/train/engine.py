@@ -74,6 +74,16 @@ class Engine:
         finally:
             handle.remove()
 
+    def forget_order(self) -> None:
+        """Slots came or went: DeepSpeed is not to expect the order in which it met the layers so far.
+
+        It notices most changes by itself, but not that the backward pass now goes on to the embeddings.
+        """
+        if self._engine is not None:
+            coordinator = self._engine.optimizer.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
     def close(self) -> None:
         """Undo DeepSpeed's hooks."""
         if self._engine is not None:

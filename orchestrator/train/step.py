@@ -48,6 +48,7 @@ class Stepper:
     ) -> None:
         self.model, self.bank, self.engine, self.loss, self.layout = model, bank, engine, loss, layout
         self.graphs = graphs
+        self._seen: tuple[int, tuple[int, ...]] | None = None
 
     def train(self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]) -> dict[int, float]:
         """Losses of a forward and backward pass over everyone's samples; each parameter has its gradient after it.
@@ -65,6 +66,9 @@ class Stepper:
         self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]
     ) -> Callable[[], dict[int, float]]:
         """The same, but for the losses: they come when they are asked for, which waits for the device."""
+        if self._seen != (now := (self.bank.version, tuple(samples))):
+            self.engine.forget_order()
+            self._seen = now
         self.bank.zero_grad(keep=self.graphs is not None and self.graphs.on)
         sum_S = self._run(samples, steps)
         self.engine.sum_gradients(self.bank.leaves())
