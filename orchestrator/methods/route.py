@@ -59,12 +59,12 @@ class Group:
         """
         added_KF = added_GMF.reshape(-1, added_GMF.shape[-1])
         if self.token_R is None:
-            return y + added_KF.view(y.shape)
+            return y + added_KF.reshape(y.shape)
         if self.real_R is not None:
             added_KF = added_KF.index_select(0, self.real_R)
         y_NF = y.reshape(self.count, -1)
         put = y_NF.index_add_ if own else y_NF.index_add
-        return put(0, self.token_R, added_KF.to(y.dtype)).view(y.shape)
+        return put(0, self.token_R, added_KF.to(y.dtype)).reshape(y.shape)
 
 
 @dataclass
