@@ -37,6 +37,7 @@ def judge(held: Any, chosen: Set, sets: Any, asked: Sequence[Trial], log: Any, s
         if trial.setting not in best or dev_loss[slot] < dev_loss[best[trial.setting]]:
             best[trial.setting] = slot
     scores = _bleu(model, bank, base, args, best)
+    sizes = {asked[slot].setting: size_of(bank, asked[slot], slot, data.task, base) for slot in best.values()}
     for slot, trial in enumerate(asked):
         log.add(
             trial,
@@ -44,7 +45,7 @@ def judge(held: Any, chosen: Set, sets: Any, asked: Sequence[Trial], log: Any, s
             **({"bleu": scores[slot][0], "answers": scores[slot][1]} if slot in scores else {}),
             parameters=trained(bank, slot),
             base=int(base.report.parameters),
-            bytes=size_of(bank, trial, slot, data.task, base),
+            bytes=sizes[trial.setting],
             seconds=seconds,
             trials=len(asked),
         )

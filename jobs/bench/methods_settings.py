@@ -34,7 +34,7 @@ SETTINGS: dict[str, Setting] = {
     "ia3": Setting(IA3(), (3e-3, 1e-2, 3e-2), peft="IA3"),
     "lora 4": Setting(Lora(rank=4, alpha=8), (5e-4, 1e-3, 3e-3)),
     "lora 16": Setting(Lora(rank=16, alpha=32), (5e-4, 1e-3, 3e-3), peft="LORA"),
-    "lora+ 16": Setting(Lora(rank=16, alpha=32, lr_ratio=16), (1e-4, 3e-4, 1e-3)),
+    "lora+ 16": Setting(Lora(rank=16, alpha=32, lr_ratio=16), (3e-5, 1e-4, 3e-4)),
     "dora 16": Setting(Lora(rank=16, alpha=32, dora=True), (5e-4, 1e-3, 3e-3), peft="DORA"),
     "pissa 16": Setting(Lora(rank=16, alpha=16, start="pissa"), (2e-4, 5e-4, 1e-3)),
 }

@@ -14,6 +14,9 @@ MARGIN = 0.4
 """Points by which a method may be worse than full fine-tuning, beyond the interval."""
 MARGIN_METHODS = ("bottleneck", "lora", "dora", "pissa")
 
+MARKERS = "o^s"
+"""Of ten colours each."""
+
 Lines = list[dict[str, Any]]
 
 
@@ -79,7 +82,7 @@ def difference(one: Lines, other: Lines) -> tuple[float, float, float]:
 
 def _markdown(rows: list[Row], full: Row, parts: dict[str, Lines], device: str) -> str:
     trials = {s: len(parts.get(s, [])) for s in (*SETS, "e2e")}
-    seconds = {s: parts[s][0]["seconds"] for s in trials if parts.get(s)}
+    packs = {s: {v["seconds"]: v["trials"] for v in parts.get(s, [])} for s in trials}
     lines = [
         "# Methods: quality, size, cost",
         "",
@@ -112,10 +115,10 @@ def _markdown(rows: list[Row], full: Row, parts: dict[str, Lines], device: str) 
         "",
         *_peft(rows),
         "",
-        "Trials packed on one frozen base, and how long they took:",
+        "Trials packed on one frozen base: how many packs, and the seconds that these trained, added up:",
         "",
     ]
-    lines += [f"- {s}: {trials[s]} trials, {seconds[s]:,.0f} s" for s in seconds]
+    lines += [f"- {s}: {trials[s]} trials, {len(p)} packs, {sum(p):,.0f} s" for s, p in packs.items() if p]
     lrs = [f"{r.name} " + "/".join(f"{r.best[s][0]['lr']:g}" for s in SETS if r.best[s]) for r in rows]
     lines += ["", "Learning rates chosen (SST-2/Banking77): " + ", ".join(lrs) + "."]
     return "\n".join(lines) + "\n"
@@ -184,16 +187,15 @@ def _plot(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     xs = ({r.name: r.parameters for r in rows}, {r.name: r.cost["mib"] for r in rows if r.cost and r.cost["mib"]})
     for axis, x, label in zip(axes, xs, ("trained parameters", "peak memory of training, MiB"), strict=True):
-        for row in rows:
-            if row.name not in x:
-                continue
+        for number, row in enumerate(rows):
             y = float(np.mean([row.mean(s) for s in SETS if row.best[s]]))
-            axis.scatter(x[row.name], y, s=40, color="tab:red" if row.name == "full" else "tab:blue")
-            axis.annotate(row.name, (x[row.name], y), xytext=(4, 4), textcoords="offset points", fontsize=8)
+            color, marker = pyplot.get_cmap("tab10")(number % 10), MARKERS[number // 10]
+            axis.scatter(x.get(row.name, np.nan), y, s=70, color=color, marker=marker, label=row.name)
         axis.set_xscale("log")
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     seen = [shown for name, shown in SETS.items() if any(r.best[name] for r in rows)]
     axes[0].set_ylabel(f"test accuracy, {'mean of ' if len(seen) > 1 else ''}{' and '.join(seen)}, %")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
