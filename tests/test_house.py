@@ -41,12 +41,15 @@ LEAVES = (
     "preview",
     "preview_samples",
     "report",
+    "plan",
+    "cli_tune",
+    "leaderboard",
     "chat",
     "doctor",
     "quickstart",
     "__main__",
 )
-ORDER = ("errors", "config", "data", "base", "methods", "delta", "train", "registry", "serve", "launch")
+ORDER = ("errors", "config", "data", "base", "methods", "delta", "train", "registry", "serve", "search", "launch")
 """Rooms in the order in which data walks; the leaves come last and are one room."""
 
 _LEAF_FILES = tuple(f"orchestrator/{leaf}.py" for leaf in LEAVES)
@@ -68,6 +71,8 @@ HOMES: dict[str, tuple[str, ...]] = {
     "safetensors": ("orchestrator/base/*", "orchestrator/delta.py", "orchestrator/delta/*"),
     "deepspeed": ("orchestrator/train/engine.py",),
     "sklearn": ("orchestrator/train/metrics.py",),
+    "optuna": ("orchestrator/search/*",),
+    "plotly": ("orchestrator/search/*", "jobs/bench/*"),
     "sacrebleu": ("orchestrator/scores.py",),
     "rouge_score": ("orchestrator/scores.py",),
     "mlflow": ("orchestrator/registry.py", "orchestrator/registry/*"),

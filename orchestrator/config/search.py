@@ -1,0 +1,124 @@
+"""``Search``: which deltas are tried, how they are chosen, stopped and judged."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from orchestrator.config.base import Base
+from orchestrator.config.cluster import Cluster, Tracking
+from orchestrator.config.data import Data
+from orchestrator.config.run import NAME_PATTERN
+from orchestrator.config.strict import Strict
+from orchestrator.config.task import CausalLM, Task
+from orchestrator.config.train import Train
+
+
+class Budget(Strict):
+    """When a search ends: at the first of these."""
+
+    trials: int | None = Field(default=24, ge=1)
+    """Trials to start."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Training tokens of all trials together."""
+    hours: float | None = Field(default=None, gt=0)
+    """Wall-clock time."""
+
+
+class Scheduler(Strict):
+    """What stops a trial that falls behind. Trials are compared after the same share of their own length."""
+
+    type: Literal["asha", "median", "none"] = "asha"
+    """Successive halving (Li et al. 2018, arXiv:1810.05934), the median rule (Golovin et al. 2017), or nothing."""
+    grace: int = Field(default=1, ge=1)
+    """Evaluations that every trial gets."""
+    reduction: int = Field(default=3, ge=2)
+    """Of as many trials one goes on at each rung (asha)."""
+
+
+class Sampler(Strict):
+    """What proposes the next trial."""
+
+    type: Literal["tpe", "random", "grid"] = "tpe"
+    """Tree-structured Parzen estimator (Bergstra et al. 2011), uniform draws, or every point of a finite space."""
+    startup: int = Field(default=10, ge=1)
+    """Random trials before the estimator (tpe)."""
+
+
+class Objective(Strict):
+    """One thing to be good at."""
+
+    metric: Literal["eval_loss", "loss", "accuracy", "f1", "mcc", "parameters", "memory", "latency"]
+    """A metric of the held-out set, the trained parameters, bytes that a trial adds in training, or seconds that it
+    adds to a forward pass."""
+
+
+class Packs(Strict):
+    """How trials share bases."""
+
+    slots: Literal["auto"] | int = "auto"
+    """Trials that train at once on one base; ``auto``: as many as the planner finds room for."""
+    count: Literal["auto"] | int = "auto"
+    """Bases; ``auto``: as many as the cluster's GPUs hold, one on CPUs."""
+
+
+class Search(Strict):
+    """Many deltas on one base, the best of them kept."""
+
+    name: str = Field(default="search", pattern=NAME_PATTERN)
+    """Name of the search and of the delta that wins."""
+    base: Base = Base()
+    """The frozen base."""
+    data: Data = Data()
+    """The records; a held-out part is needed."""
+    task: Task = CausalLM()
+    """What is learnt."""
+    train: Train = Train()
+    """What all trials have in common; ``space`` and the methods' own priors go before it."""
+    methods: tuple[dict[str, Any], ...] = ({"type": "lora"},)
+    """Methods, each with its knobs: a value fixes one, ``{choice: [...]}``, ``{log: [low, high]}``, ``{uniform: ...}``
+    or ``{int: ...}`` searches it; knobs that are left out have priors of their own."""
+    space: dict[str, Any] = {}
+    """Further keys of a run to search, such as ``train.batch_size: {choice: [4, 8, 16]}``."""
+    sampler: Sampler = Sampler()
+    """What proposes trials."""
+    scheduler: Scheduler = Scheduler()
+    """What stops them early."""
+    budget: Budget = Budget()
+    """When the search ends."""
+    objective: tuple[Objective, ...] = (Objective(metric="eval_loss"),)
+    """What counts; several give a Pareto front, and the first one picks the winner."""
+    packs: Packs = Packs()
+    """How trials share bases."""
+    seed: int = Field(default=0, ge=0)
+    """Of the sampler; of each trial's training it is ``train.seed``."""
+    cluster: Cluster = Cluster()
+    """Workers of a pack, ZeRO, storage."""
+    tracking: Tracking = Tracking()
+    """MLflow."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: object) -> object:
+        """Short forms: method names, ``sampler: random``, ``objective: accuracy``, ``budget: 24``."""
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        if isinstance(methods := value.get("methods"), str):
+            methods = [methods]
+        if isinstance(methods, list | tuple):
+            value["methods"] = [{"type": m} if isinstance(m, str) else m for m in methods]
+        for key in ("sampler", "scheduler", "task"):
+            if isinstance(value.get(key), str):
+                value[key] = {"type": value[key]}
+        objective = value.get("objective")
+        if isinstance(objective, str | dict):
+            objective = [objective]
+        if isinstance(objective, list | tuple):
+            value["objective"] = [{"metric": o} if isinstance(o, str) else o for o in objective]
+        if isinstance(budget := value.get("budget"), int) and not isinstance(budget, bool):
+            value["budget"] = {"trials": budget}
+        if "shard" in value:
+            cluster = dict(value.get("cluster") or {})
+            cluster["zero"] = {**(cluster.get("zero") or {}), "stage": value.pop("shard")}
+            value["cluster"] = cluster
+        return value

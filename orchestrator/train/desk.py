@@ -1,0 +1,147 @@
+"""The desk: where trials queue for a slot, packs take them, and what becomes of each is told. Pure; an actor holds it.
+
+A trial's side offers a lease and withdraws it, a pack's side takes orders between steps and tells events, the driver
+drains all events. What a lost pack held goes back to the front of the queue: another pack, or the same one started
+anew, goes on from the trials' own checkpoints.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ENDINGS = ("finished", "stopped early", "withdrawn", "failed")
+"""Why a trial ended: by itself, by its own early stopping, because its search stopped it, or with a reason."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A trial that wants a slot."""
+
+    trial: str
+    """Its id; names its checkpoints."""
+    lane: str
+    """Packs take the trials of their own lane: those that can share one base."""
+    run: dict[str, Any]
+    """Its config, a ``Run`` as JSON."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What a pack is to do before its next step."""
+
+    join: tuple[Lease, ...] = ()
+    """Trials to take in, each from its own checkpoint if it has one."""
+    leave: tuple[str, ...] = ()
+    """Trials to let go, after a checkpoint."""
+    close: bool = False
+    """Nothing will come any more: end, once the last trial has."""
+
+
+Event = tuple[str, str, dict[str, Any]]
+"""Trial, kind and values. Kinds: ``joined``, ``step``, ``eval``, ``saved``, ``ended`` (``why`` of ``ENDINGS``,
+``reason`` of a failure), and ``left`` (put back into the queue, not ended). Of a pack itself: the trial is empty."""
+
+
+@dataclass
+class _Pack:
+    lane: str
+    held: dict[str, Lease] = field(default_factory=dict)
+    capacity: int | None = None
+    """Most slots, where memory has shown it."""
+
+
+class Desk:
+    """See the module. No method waits."""
+
+    def __init__(self) -> None:
+        self._queues: dict[str, deque[Lease]] = {}
+        self._packs: dict[str, _Pack] = {}
+        self._leaving: set[str] = set()
+        self._ended: set[str] = set()
+        self._events: list[Event] = []
+        self._closed = False
+
+    # -- a trial's side
+
+    def offer(self, lease: Lease) -> None:
+        """Queue for a slot."""
+        self._ended.discard(lease.trial)
+        self._leaving.discard(lease.trial)
+        self._queues.setdefault(lease.lane, deque()).append(lease)
+
+    def withdraw(self, trial: str) -> None:
+        """The search has stopped the trial: its slot is wanted back."""
+        for queue in self._queues.values():
+            if waiting := [lease for lease in queue if lease.trial == trial]:
+                queue.remove(waiting[0])
+                self._end(trial, {"why": "withdrawn"})
+                return
+        if any(trial in pack.held for pack in self._packs.values()):
+            self._leaving.add(trial)
+
+    # -- a pack's side
+
+    def hello(self, pack: str, lane: str) -> int | None:
+        """A pack's workers have started: what its last ones held queues again, first. Returns its known capacity."""
+        self._put_back(pack)
+        before = self._packs.get(pack)
+        self._packs[pack] = _Pack(lane, capacity=before.capacity if before else None)
+        return self._packs[pack].capacity
+
+    def gone(self, pack: str) -> None:
+        """A pack will not come back."""
+        self._put_back(pack)
+        self._packs.pop(pack, None)
+
+    def orders(self, pack: str, free: int) -> Orders:
+        """What to do before the next step; at most ``free`` trials to take in."""
+        here = self._packs[pack]
+        queue = self._queues.setdefault(here.lane, deque())
+        join = tuple(queue.popleft() for _ in range(min(free, len(queue))))
+        here.held.update({lease.trial: lease for lease in join})
+        leave = tuple(trial for trial in here.held if trial in self._leaving)
+        self._leaving.difference_update(leave)
+        return Orders(join, leave, self._closed)
+
+    def tell(self, pack: str, events: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
+        """What happened, in order."""
+        here = self._packs[pack]
+        for trial, kind, values in events:
+            if kind == "ended":
+                here.held.pop(trial, None)
+                self._end(trial, dict(values))
+                continue
+            if kind == "left" and (lease := here.held.pop(trial, None)):
+                self._queues.setdefault(lease.lane, deque()).appendleft(lease)
+            self._events.append((trial, kind, dict(values)))
+
+    def shrink(self, pack: str, capacity: int) -> None:
+        """A pack ran out of memory: it takes no more than ``capacity`` slots from now on, also after a restart."""
+        self._packs[pack].capacity = max(1, capacity)
+
+    # -- the driver's side
+
+    def drain(self) -> list[Event]:
+        """All events since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def close(self) -> None:
+        """Packs end, once their last trial has."""
+        self._closed = True
+
+    def waiting(self) -> dict[str, int]:
+        """How many trials queue, by lane."""
+        return {lane: len(queue) for lane, queue in self._queues.items() if queue}
+
+    def _put_back(self, pack: str) -> None:
+        if here := self._packs.get(pack):
+            self._queues.setdefault(here.lane, deque()).extendleft(reversed(here.held.values()))
+            here.held = {}
+
+    def _end(self, trial: str, values: dict[str, Any]) -> None:
+        if trial not in self._ended:
+            self._ended.add(trial)
+            self._leaving.discard(trial)
+            self._events.append((trial, "ended", values))
