@@ -6,7 +6,8 @@
 - ``queued``: ``number`` (from 0), ``params`` (the point, as the sampler proposed it), ``lane``, ``run`` (its config);
 - ``tracked``: ``mlflow_run``, the trial's run in MLflow;
 - ``joined``: ``step`` (where it starts or goes on), ``total`` steps, ``parameters`` (trained ones), ``memory`` (bytes
-  that it adds in training), ``latency`` (seconds that it adds to a forward pass); each where it is known;
+  that it adds in training), ``latency`` (seconds that it adds to a forward pass), ``pack`` (the one that took it);
+  each where it is known;
 - ``step``: ``step``, ``total``, ``loss``, ``lr``, ``grad_norm``, ``tokens`` (of this step), ``seconds_per_step``;
 - ``eval``: ``step``, ``total``, ``eval_loss`` and, of a classification, ``accuracy``, ``f1``, ``mcc``;
 - ``saved``: ``step`` of a checkpoint;
@@ -58,6 +59,16 @@ class Record:
 
 
 @dataclass
+class Span:
+    """A trial's stay in a slot."""
+
+    begin: float
+    end: float
+    """The last word from it, both in seconds since 1970."""
+    pack: str = ""
+
+
+@dataclass
 class Row:
     """One trial."""
 
@@ -89,6 +100,8 @@ class Row:
     joined_at: float | None = None
     seconds: float = 0.0
     """In a slot, to the last word from it."""
+    spans: list[Span] = field(default_factory=list)
+    """Its stays in slots: several, where a pack was lost."""
     _tokens: dict[int, int] = field(default_factory=dict)
 
     @property
@@ -157,7 +170,7 @@ class Study:
         row = self.rows.setdefault(trial, Row(trial, len(self.rows)))
         if row.joined_at is not None and row.state == "running":
             row.seconds += at - row.joined_at
-            row.joined_at = at
+            row.joined_at = row.spans[-1].end = at
         if take := getattr(self, f"_{kind}", None):
             take(row, values, at)
 
@@ -199,6 +212,7 @@ class Study:
 
     def _joined(self, row: Row, values: Mapping[str, Any], at: float) -> None:
         row.state, row.joined_at = "running", at
+        row.spans.append(Span(at, at, str(values.get("pack", ""))))
         row.step, row.total = values.get("step", row.step), values.get("total", row.total)
         for name in _OF_THE_TRIAL:
             if values.get(name) is not None:
