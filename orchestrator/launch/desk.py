@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from orchestrator.config import Run
 from orchestrator.config.search import Search
 from orchestrator.errors import MantaError
-from orchestrator.search.space import lane, trial_run
+from orchestrator.search.sampler import lane
+from orchestrator.search.space import trial_run
 from orchestrator.search.study import Study
 from orchestrator.train.desk import Desk, Event, Lease, Orders
 
@@ -69,8 +70,7 @@ class DeskActor:
             if found := self._study.after(row, seen + 1):
                 return {**found, "evaluation": seen + 1, "done": False}
             if row.why or self._stopped:
-                last = self._study.after(row, seen) or {}
-                return {**last, "evaluation": seen, "done": True}
+                return {**self._study.worth(row), "evaluation": seen, "done": True}
             await self._something()
 
     def withdraw(self, trial: str) -> None:
@@ -100,6 +100,10 @@ class DeskActor:
             if busy or orders != Orders() or left <= 0:
                 return orders
             await self._something(left)
+
+    def lease(self, pack: str, trial: str) -> Lease:
+        """A trial that a pack holds."""
+        return self._desk.lease(pack, trial)
 
     def tell(self, pack: str, events: Sequence[Event]) -> None:
         """What happened in a pack, in order."""
@@ -132,9 +136,17 @@ class DeskActor:
         said, self._said = self._said, []
         return said
 
-    def waiting(self) -> dict[str, int]:
-        """How many trials queue, by lane."""
-        return self._desk.waiting()
+    def load(self) -> dict[str, int]:
+        """Of lanes in which trials queue: how many queue there or are in a slot."""
+        return self._desk.load()
+
+    def sample(self, where: str) -> dict[str, Any]:
+        """The config of a trial that queues in a lane."""
+        return self._desk.sample(where)
+
+    def over(self, where: str) -> str | None:
+        """Why a lane needs no pack any more, if it does not."""
+        return self._desk.broken(where) or (self._fatal[1] if self._fatal else None)
 
     def park(self, reason: str) -> None:
         """Stop: packs write checkpoints and end, trials do not wait any more. A later driver goes on."""

@@ -221,6 +221,11 @@ class Study:
         done = round(10 * steps[-1] / row.total) if row.total else evaluations
         return {"tenth": done, **{m: found[m] for m in self.metrics if m in found}}
 
+    def worth(self, row: Row) -> dict[str, float]:
+        """The objectives' values by now, those that are known; none of a trial that failed."""
+        known = {} if row.state == "failed" else {metric: row.value(metric) for metric in self.metrics}
+        return {metric: value for metric, value in known.items() if value is not None}
+
     def _watched(self) -> str:
         """The held-out metric that picks a trial's best delta."""
         return self.metrics[0] if self.metrics[0] in _MEASURED else "eval_loss"
