@@ -1,4 +1,4 @@
-"""The desk as an actor on the driver's node: trials wait here for their next evaluation, packs for their next orders."""
+"""The desk as an actor on the driver's node: trials wait here for evaluations, packs for orders."""
 
 import asyncio
 import time
@@ -8,7 +8,6 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 
-from orchestrator.config import Run
 from orchestrator.config.search import Search
 from orchestrator.errors import MantaError
 from orchestrator.search.sampler import lane
@@ -80,11 +79,11 @@ class DeskActor:
 
     # -- a pack's side
 
-    def hello(self, pack: str, where: str) -> int | None:
+    def hello(self, pack: str, where: str) -> None:
         """A pack's workers have started."""
-        known = self._desk.hello(pack, where)
+        self._desk.hello(pack, where)
+        self._take()
         self._hear([("", "pack", {"pack": pack, "lane": where, "what": "started"})])
-        return known
 
     def gone(self, pack: str) -> None:
         """A pack has ended, or is lost for good."""
@@ -101,19 +100,19 @@ class DeskActor:
                 return orders
             await self._something(left)
 
-    def lease(self, pack: str, trial: str) -> Lease:
-        """A trial that a pack holds."""
-        return self._desk.lease(pack, trial)
-
     def tell(self, pack: str, events: Sequence[Event]) -> None:
         """What happened in a pack, in order."""
         self._desk.tell(pack, [(t, k, {**v, "pack": pack} if k == "joined" else v) for t, k, v in events])
         self._take()
 
-    def shrink(self, pack: str, capacity: int) -> None:
+    def limits(self, pack: str) -> tuple[int | None, int | None]:
+        """Most slots, and most tokens of a pass, of a pack whose memory has shown them."""
+        return self._desk.limits(pack)
+
+    def shrink(self, pack: str, capacity: int, tokens: int) -> None:
         """A pack ran out of memory."""
-        self._desk.shrink(pack, capacity)
-        self._hear([("", "pack", {"pack": pack, "what": "shrunk", "capacity": capacity})])
+        self._desk.shrink(pack, capacity, tokens)
+        self._hear([("", "pack", {"pack": pack, "what": "shrunk", "capacity": capacity, "tokens": tokens})])
 
     def fail(self, kind: str, message: str) -> None:
         """An error that no restart mends and that no trial alone is to blame for; the first one counts."""

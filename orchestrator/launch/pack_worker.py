@@ -7,23 +7,20 @@ import ray
 import ray.train
 
 from orchestrator.config import Run
-from orchestrator.errors import CheckpointError, MantaError
+from orchestrator.errors import MantaError, OutOfMemoryError
+from orchestrator.launch.pack_reporter import RayPackReporter
 from orchestrator.launch.trial_store import TrialStore
-from orchestrator.search.lanes import SOLO
 
 
 def pack_worker(config: dict[str, Any]) -> None:
-    """One rank. An error that no restart mends goes to the desk: a full disk stops the search, any other one the lane."""
+    """One rank. An error that no restart mends goes to the desk: the trials of this lane have failed by it."""
     desk, lane = config["desk"], config["lane"]
     if ray.get(desk.over.remote(lane)):
         return
-    if ray.train.get_context().get_world_rank() == 0:
-        ray.get(desk.hello.remote(config["pack"], lane))
     try:
         _work(config)
-    except CheckpointError as e:
-        ray.get(desk.fail.remote(type(e).__name__, str(e)))
-        raise
+    except OutOfMemoryError:
+        raise  # the desk knows of less room by now, or the restart says the same again
     except MantaError as e:
         ray.get(desk.give_up.remote(lane, str(e)))
         raise
@@ -34,8 +31,8 @@ def _work(config: dict[str, Any]) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from orchestrator.launch.solo import train_solo
-    from orchestrator.train.worker import Place
+    from orchestrator.train.pack import Limits, pack
+    from orchestrator.train.setup import Place
 
     if config["threads"]:
         torch.set_num_threads(config["threads"])
@@ -46,5 +43,11 @@ def _work(config: dict[str, Any]) -> None:
         local_ranks=context.get_local_world_size(),
         device=get_device(),
     )
-    store = TrialStore(config["store"])
-    train_solo(config["desk"], config["pack"], place, store, config["keep"])
+    desk, name = config["desk"], config["pack"]
+    if place.rank == 0:
+        ray.get(desk.hello.remote(name, config["lane"]))
+    slots, tokens = ray.get(desk.limits.remote(name))
+    limits = Limits(slots=slots or config["slots"], **({"tokens": tokens} if tokens else {}))
+    reporter = RayPackReporter(desk, name, TrialStore(config["store"]))
+    pack(Run.model_validate(config["run"]), place, reporter, limits)
+    reporter.flush()

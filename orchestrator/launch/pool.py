@@ -125,7 +125,6 @@ class Pool:
                 "slots": self._shape.slots_of(lane),
                 "desk": self._desk,
                 "store": f"{self._storage}/{self._id}/trials",
-                "keep": self._search.train.keep,
                 "run": without_uri(ray.get(self._desk.sample.remote(lane))),
                 "threads": 0 if gpu else max(1, int(cluster.cpus_per_worker)),
             },

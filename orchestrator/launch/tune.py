@@ -1,6 +1,5 @@
 """Launch a search: a desk, packs that train, Ray Tune that decides, one writer, and the winner published at its end."""
 
-import os
 import secrets
 import shutil
 import signal
@@ -122,7 +121,7 @@ def _elsewhere(search: dict[str, Any], overrides: Sequence[str]) -> dict[str, An
 
 def _new_record(search: Search) -> Record:
     search_id = f"{search.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    return Record(search_id, storage_of(search.cluster), search.model_dump(mode="json"))
+    return Record(id=search_id, search=search.model_dump(mode="json"), storage=storage_of(search.cluster))
 
 
 def _search(
@@ -194,9 +193,7 @@ def _publish(search: Search, record: Record, registry: Registry, study: Study, w
     return SearchOutcome(record.id, why, complete, study, winner, delta, version, registry.uri)
 
 
-def _register(
-    search: Search, record: Record, registry: Registry, study: Study, winner: Row, delta: Path
-) -> Version:
+def _register(search: Search, record: Record, registry: Registry, study: Study, winner: Row, delta: Path) -> Version:
     tags = {
         **search.tracking.tags,
         "manta.search": record.id,

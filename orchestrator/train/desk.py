@@ -111,16 +111,12 @@ class Desk:
         leave = tuple(t for t in here.held if t in self._leaving or self._parking)
         return Orders(join, leave, self._closed or self._parking or (not here.held and self._starving()))
 
-    def lease(self, pack: str, trial: str) -> Lease:
-        """A trial that a pack holds."""
-        return self._packs[pack].held[trial]
-
     def tell(self, pack: str, events: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
         """What happened, in order."""
         here = self._packs[pack]
         for trial, kind, values in events:
-            if kind == "ended" and values["why"] == "withdrawn" and self._parking:
-                kind, values = "left", {}
+            if kind == "ended" and self._parking and values["why"] in ("withdrawn", "failed"):
+                kind, values = "left", {}  # to be gone on with, where what stopped the search may also have failed it
             if kind == "ended":
                 here.held.pop(trial, None)
                 self._end(trial, dict(values))
