@@ -136,6 +136,8 @@ class Study:
         """Why the search ended, once it has."""
         self.began_at: float | None = None
         self.last_at: float | None = None
+        self.active_seconds = 0.0
+        """While a driver was there."""
 
     @classmethod
     def load(cls, search_id: str) -> "Study":
@@ -161,11 +163,18 @@ class Study:
 
     def hear(self, trial: str, kind: str, values: Mapping[str, Any], at: float) -> None:
         """Take one event."""
-        self.began_at = at if self.began_at is None else self.began_at
+        if self.began_at is None or self.last_at is None:
+            self.began_at = self.last_at = at
+        if (trial, kind) != ("", "resumed"):
+            self.active_seconds += at - self.last_at
         self.last_at = at
         if not trial:
             if kind in ("over", "resumed"):
                 self.over = values["reason"] if kind == "over" else None
+            if kind == "resumed":
+                for row in self.rows.values():
+                    if row.state == "running":  # its pack went with the driver
+                        self._left(row, {}, at)
             return
         row = self.rows.setdefault(trial, Row(trial, len(self.rows)))
         if row.joined_at is not None and row.state == "running":
@@ -195,6 +204,26 @@ class Study:
             if rows := [r for r in self.ranked() if r.state == state and r.value(metric) is not None]:
                 return rows[0]
         return None
+
+    def after(self, row: Row, evaluations: int) -> dict[str, float] | None:
+        """The objectives' values after so many evaluations, at the best of them; None where it has had fewer.
+
+        ``tenth`` says how much of its own length the trial had done, so that long and short ones compare.
+        """
+        watched = self._watched()
+        curve = row.curves.get(watched, {})
+        steps = sorted(curve)[:evaluations]
+        if not 0 < evaluations == len(steps):
+            return None
+        best = min(steps, key=lambda s: (_cost(watched, curve[s]), s))
+        found = {m: row.curves[m][best] for m in (*_MEASURED, "loss") if best in row.curves.get(m, {})}
+        found |= {m: v for m in _OF_THE_TRIAL if (v := row.value(m)) is not None}
+        done = round(10 * steps[-1] / row.total) if row.total else evaluations
+        return {"tenth": done, **{m: found[m] for m in self.metrics if m in found}}
+
+    def _watched(self) -> str:
+        """The held-out metric that picks a trial's best delta."""
+        return self.metrics[0] if self.metrics[0] in _MEASURED else "eval_loss"
 
     def _costs(self, row: Row) -> list[Any]:
         found = [(metric, row.value(metric)) for metric in self.metrics]
@@ -233,7 +262,7 @@ class Study:
             if values.get(name) is not None:
                 setattr(row, name, values[name])
         row.total = values.get("total", row.total)
-        watched = self.metrics[0] if self.metrics[0] in _MEASURED else "eval_loss"
+        watched = self._watched()
         curve = row.curves.get(watched, {})
         if not curve:
             return
