@@ -9,15 +9,18 @@ from orchestrator.search.study import Study
 
 HOSTILE = "<script>document.title='taken'</script> & \"quotes\" </td> <img src=x onerror=alert(1)> $body ${plotly} 100%"
 POINTS: list[dict[str, Any]] = [
-    {"method": "lora", "method.rank": 4, "train.lr": 3e-3},
-    {"method": "lora", "method.rank": 16, "train.lr": 1e-3},
-    {"method": "lora", "method.rank": 64, "train.lr": 3e-2, "method.targets": ["q_proj", "v_proj"]},
-    {"method": "bottleneck", "method.size": 16, "train.lr": 1e-3},
-    {"method": "bottleneck", "method.size": 64, "train.lr": 2e-3},
-    {"method": "prompt", "method.tokens": 20, "train.lr": 3e-2},
-    {"method": "prompt", "method.tokens": 8, "train.lr": 1e-2},
-    {"method": "bitfit", "train.lr": 3e-3},
+    {"method": "lora", "lora.rank": 4, "lora.train.lr": 3e-3},
+    {"method": "lora", "lora.rank": 16, "lora.train.lr": 1e-3},
+    {"method": "lora", "lora.rank": 64, "lora.train.lr": 3e-2, "lora.targets": '["q_proj", "v_proj"]'},
+    {"method": "bottleneck", "bottleneck.size": 16, "bottleneck.train.lr": 1e-3},
+    {"method": "bottleneck", "bottleneck.size": 64, "bottleneck.train.lr": 2e-3},
+    {"method": "prompt", "prompt.tokens": 20, "prompt.train.lr": 3e-2},
+    {"method": "prompt", "prompt.tokens": 8, "prompt.train.lr": 1e-2},
+    {"method": "bitfit", "bitfit.train.lr": 3e-3},
 ]
+
+
+SIZES = ("rank", "size", "tokens")
 
 
 def study(count: int = 24, *, hostile: int | None = 5, objective: tuple[str, ...] = ("eval_loss",)) -> Study:
@@ -32,7 +35,8 @@ def study(count: int = 24, *, hostile: int | None = 5, objective: tuple[str, ...
         slot = free.index(min(free))
         begin = free[slot]
         point = dict(POINTS[n % len(POINTS)])
-        point["train.lr"] *= 1 + n / 10
+        point[f"{point['method']}.train.lr"] *= 1 + n / 10
+        point["train.batch_size"] = (4, 8, 16)[n % 3]
         free[slot] = begin + _tell(made, n, point, begin, hostile=n == hostile)
     made.hear("", "over", {"reason": f"{count} trials are done"}, 1_700_000_001 + max(free))
     return made
@@ -40,10 +44,10 @@ def study(count: int = 24, *, hostile: int | None = 5, objective: tuple[str, ...
 
 def _tell(made: Study, n: int, point: dict[str, Any], begin: float, *, hostile: bool) -> float:
     trial, at = f"t{n:05d}", 1_700_000_000 + begin
-    method = {"type": point["method"]} | {
-        k.removeprefix("method."): v for k, v in point.items() if k.startswith("method.")
-    }
-    run = Run.model_validate({"name": "orders", "method": method, "train": {"lr": point["train.lr"], "steps": 40}})
+    kind = point["method"]
+    method = {"type": kind, **{name: point[key] for key in point if (name := key.removeprefix(f"{kind}.")) in SIZES}}
+    train = {"lr": point[f"{kind}.train.lr"], "batch_size": point["train.batch_size"], "steps": 40}
+    run = Run.model_validate({"name": "orders", "method": method, "train": train})
     settings = run.model_dump(mode="json")
     made.hear(trial, "queued", {"number": n, "params": point, "lane": "packed", "run": settings}, 1_700_000_000)
     sized = {"parameters": 1000 * (n + 1) ** 2, "memory": 2**20 * (n + 1), "latency": 1e-4 * (n % 5 + 1)}

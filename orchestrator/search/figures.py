@@ -8,7 +8,7 @@ import optuna
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from orchestrator.search.frozen import frozen_study, importances, judged, plain
+from orchestrator.search.frozen import frozen_study, importances, judged, knobs
 from orchestrator.search.study import Row, Study, direction
 
 COLORS = qualitative.D3
@@ -16,21 +16,15 @@ STATES = {"finished": "#2ca02c", "stopped": "#ff9f1c", "failed": "#d62728", "run
 UNITS = {"memory": "bytes", "latency": "s", "parameters": "trained parameters", "loss": "training loss"}
 
 
-def short(key: str) -> str:
-    """A knob's name without its section, as far as that is the method's or training's."""
-    return key.removeprefix("method.").removeprefix("train.")
-
-
 def said(value: Any) -> str:
     """A knob's value for a person."""
-    value = plain(value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _hover(row: Row) -> str:
     """Number, state and knobs, safe in plotly's texts, which know tags."""
     lines = [f"<b>trial {row.number}</b> {escape(row.method)}, {escape(row.state)}"]
-    lines += [f"{escape(short(key))} = {escape(said(value))}" for key, value in row.params.items()]
+    lines += [f"{escape(key)} = {escape(said(value))}" for key, value in knobs(row).items()]
     return "<br>".join(lines)
 
 
@@ -103,7 +97,7 @@ def parallel_coordinates(study: Study) -> Any:
     figure.update_layout(title=None, height=440, margin={"l": 60, "r": 20, "t": 30, "b": 70})
     figure.update_annotations(bgcolor="rgba(255, 255, 255, 0.8)")
     figure.update_traces(opacity=0.9, line_width=1.8, selector={"mode": "lines"})
-    labels = [escape(short(label)) for label in figure.layout.xaxis.ticktext]
+    labels = [escape(label) for label in figure.layout.xaxis.ticktext]
     figure.update_xaxes(ticktext=labels, tickangle=25)
     return figure
 
@@ -113,7 +107,7 @@ def importance(study: Study) -> Any:
     found = importances(frozen_study(study))
     if not found:
         return None
-    names = [escape(short(name)) for name in reversed(found)]
+    names = [escape(name) for name in reversed(found)]
     shares = list(reversed(found.values()))
     bar = go.Bar(
         x=shares,

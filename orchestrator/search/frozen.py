@@ -31,10 +31,20 @@ def plain(value: Any) -> Any:
     return value
 
 
+def knobs(row: Row) -> dict[str, Any]:
+    """What was drawn for a trial, named as in its run and short: ``lora.train.lr`` and ``train.lr`` are ``lr``.
+
+    Knobs of two methods that share a name share it here, too, so that they can be compared.
+    """
+    label = str(row.params.get("method", row.method))
+    names = {key: key.removeprefix(f"{label}.").removeprefix("method.").removeprefix("train.") for key in row.params}
+    return {name: plain(row.params[key]) for key, name in names.items()}
+
+
 def frozen_study(study: Study) -> "optuna.Study":
     """The judged trials, with the first objective as value; knobs that have one value only are left out."""
     rows = judged(study)
-    points = [{key: plain(value) for key, value in row.params.items()} for row in rows]
+    points = [knobs(row) for row in rows]
     spread = _distributions(points)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     way = {"max": "maximize", "min": "minimize"}[direction(study.metrics[0])]

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from orchestrator.config import Run
 from orchestrator.delta.redact import redact, redacted
 from orchestrator.search import figures
-from orchestrator.search.frozen import FEWEST, judged
+from orchestrator.search.frozen import FEWEST, judged, knobs
 from orchestrator.search.study import Row, Study
 
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
@@ -43,7 +43,6 @@ def write_report(study: Study, path: Path) -> Path:
 
 def _head(study: Study) -> str:
     search, budget = study.search, study.search.budget
-    seconds = (study.last_at or 0.0) - (study.began_at or 0.0)
     hours = f" of {_clock(3600 * budget.hours)}" if budget.hours else ""
     counts = {state: sum(row.state == state for row in study.rows.values()) for state in figures.STATES}
     facts = {
@@ -51,7 +50,7 @@ def _head(study: Study) -> str:
         "trials": f"{len(study.rows)}{f' of {budget.trials}' if budget.trials else ''}",
         "of these": ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "none yet",
         "training tokens": f"{study.tokens:,}{f' of {budget.tokens:,}' if budget.tokens else ''}",
-        "time": f"{_clock(seconds)}{hours}",
+        "time": f"{_clock(study.active_seconds)}{hours}",
         "objective": ", ".join(study.metrics),
         "sampler, scheduler": f"{search.sampler.type}, {search.scheduler.type}",
         "ended": study.over or "not yet",
@@ -116,8 +115,8 @@ def _leaderboard(study: Study) -> str:
         cells += [_number(row.step, f"{{:,}} / {row.total:,}"), _number(row.parameters, "{:,}")]
         cells += [_number(row.memory and row.memory / 2**20, "{:,.1f}"), _number(_ms(row.latency), "{:.2f}")]
         cells += [_number(row.tokens, "{:,}"), _number(row.seconds, "{:.1f}")]
-        knobs = ", ".join(f"{figures.short(key)} = {figures.said(value)}" for key, value in row.params.items())
-        cells.append(_config(knobs, redact(row.reason)))
+        point = ", ".join(f"{key} = {figures.said(value)}" for key, value in knobs(row).items())
+        cells.append(_config(point, redact(row.reason)))
         kind = ' class="best"' if row is best else ""
         rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
     note = "A click on a column's head sorts by it. Metrics are those of a trial's best evaluation."
@@ -187,10 +186,10 @@ def _text(value: str) -> str:
     return f'<td data-value="{escape(value)}">{escape(value)}</td>'
 
 
-def _config(knobs: str, reason: str) -> str:
+def _config(point: str, reason: str) -> str:
     """Knobs, and below them why the trial failed."""
     failed = f'<div class="reason">{escape(reason)}</div>' if reason else ""
-    return f'<td class="text" data-value="{escape(knobs)}">{escape(knobs)}{failed}</td>'
+    return f'<td class="text" data-value="{escape(point)}">{escape(point)}{failed}</td>'
 
 
 def _ms(seconds: float | None) -> float | None:
