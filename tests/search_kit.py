@@ -55,7 +55,7 @@ def _tell(made: Study, n: int, point: dict[str, Any], begin: float, *, hostile: 
     last = 15 if n % 5 == 0 or hostile else 20 if n % 3 == 0 else 40
     for step in range(1, last + 1):
         loss = 1 + n % 7 / 10 + 3 * math.exp(-step / 10)
-        values = {"step": step, "total": 40, "loss": loss, "tokens": 512}
+        values = {"step": step, "total": 40, "loss": loss, "tokens": 512 * step}
         made.hear(trial, "step", values, at + step)
         if step % 10 == 0:
             made.hear(
