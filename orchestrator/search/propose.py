@@ -24,6 +24,7 @@ def propose(search: Search, trial: optuna.Trial) -> dict[str, int]:
 
 def numbered_sampler(search: Search) -> Numbered:
     """The search's sampler, whose draws depend on a trial's number and on what is known by then."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the study tells of trials
     return Numbered(_Seeded(search))
 
 
