@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from orchestrator.config import Run
@@ -11,7 +12,7 @@ from orchestrator.train.desk import Desk, Lease, Orders
 from orchestrator.train.local_desk import LocalDesk
 from orchestrator.train.pack import Limits, pack
 from orchestrator.train.setup import Place
-from tests.launch_kit import small, train_here
+from tests.launch_kit import Folder, small
 
 HERE = Place(rank=0, ranks=1, local_ranks=1, device=torch.device("cpu"))
 
@@ -84,25 +85,15 @@ def trial(base: Path, *overrides: str) -> Run:
     return small(f"base={base}", "base.quantize=none", *overrides)
 
 
-def alone(run: Run, folder: Path) -> dict[str, list[float]]:
-    """A run's losses of its own, by the solo path."""
-    told = train_here(run, folder)
-    return {
-        "loss": told.of("step", "loss"),
-        "eval_loss": told.of("eval", "eval_loss"),
-        "grad_norm": told.of("step", "grad_norm"),
-    }
+WATCHED = (("step", "loss", 1e-5), ("eval", "eval_loss", 1e-5), ("step", "grad_norm", 1e-3))
 
 
-def assert_as_alone(desk: Played, name: str, run: Run, folder: Path, *, steps: int | None = None) -> None:
-    """Every loss of a trial is that of its solo run."""
-    want = alone(run, folder / name)
-    for kind, key in (("step", "loss"), ("eval", "eval_loss"), ("step", "grad_norm")):
-        got = desk.of(name, kind, key)
-        expected = want[key] if steps is None else want[key][: len(got)]
-        assert len(got) == len(expected)
-        assert got, f"{name} told no {key}"
-        rtol = 1e-5 if key != "grad_norm" else 1e-3
-        torch.testing.assert_close(
-            torch.tensor(got), torch.tensor(expected), rtol=rtol, atol=1e-7, msg=lambda m: f"{name}, {key}: {m}"
-        )
+def assert_same(desk: Played, name: str, told: Folder, *, first: int = 0, steps: int | None = None) -> None:
+    """A trial's losses are those of its solo run, from its own step ``first`` on; as far as it came, with ``steps``."""
+    assert desk.of(name, "step", "step"), f"{name} told no step"
+    for kind, key, rtol in WATCHED:
+        got = dict(zip(desk.of(name, kind, "step"), desk.of(name, kind, key), strict=True))
+        want = dict(zip(told.of(kind, "step"), told.of(kind, key), strict=True))
+        want = {step: value for step, value in want.items() if first < step <= (steps or step)}
+        assert got.keys() == want.keys(), f"{name}, {key}"
+        assert got == pytest.approx(want, rel=rtol, abs=1e-7), f"{name}, {key}"
