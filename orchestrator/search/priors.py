@@ -1,15 +1,15 @@
-"""What is searched of a method whose entry says nothing: ranges that published work and this project's own benchmarks
-found good, around the defaults of ``config/method.py``.
+"""What is searched of a method whose entry says nothing: ranges from published work, around the method's defaults.
 
-- LoRA: the rank matters little for the best learning rate, and alpha stays 2 r (Biderman et al. 2024, arXiv:2405.09673).
 - Learning rates: a factor of 5 either way of the method's own default. LoRA's best is about ten times that of full
-  fine-tuning and moves by less than 2 from rank 4 to 512 (Schulman et al. 2025, "LoRA Without Regret"); so do the
-  defaults stand to each other.
-- Batch sizes: small ones; LoRA loses more than full fine-tuning from large ones (the same).
-- Bottleneck sizes and placements: Houlsby et al. 2019 (8 to 256), He et al. 2021, arXiv:2110.04366.
-- Virtual tokens: Lester et al. 2021, arXiv:2104.08691 (gains end at 20 to 100).
-- Densities: Guo et al. 2020, arXiv:2012.07463 (0.5 %), Sung et al. 2021, arXiv:2111.09839 (0.02 to 2.5 %).
-- Layers: Lee et al. 2019, arXiv:1911.03090 (a quarter of the layers is nearly enough).
+  fine-tuning and moves by less than 2 from rank 4 to 512 (Schulman et al. 2025, "LoRA Without Regret"), so one range
+  serves every rank.
+- Batch sizes: small ones; large ones cost LoRA more than they cost full fine-tuning (the same).
+- LoRA: ranks 4 to 64, alpha = 2 r (Biderman et al. 2024, arXiv:2405.09673).
+- Bottleneck: sizes around those of Houlsby et al. 2019, arXiv:1902.00751; placements as He et al. 2021,
+  arXiv:2110.04366, compare them.
+- Virtual tokens: Lester et al. 2021, arXiv:2104.08691 (more than 20 gain little).
+- Densities: a decade either way of the 0.5 % of Guo et al. 2020, arXiv:2012.07463.
+- Layers: few of the last ones, Lee et al. 2019, arXiv:1911.03090.
 
 A method that is not named here has no knob worth a trial beside its learning rate.
 """
