@@ -48,6 +48,21 @@ def load_evaluation(overrides: Sequence[str]) -> Evaluation:
     return _load(Evaluation, None, overrides, lambda _: [])
 
 
+def make_run(values: Mapping[str, object], name: str) -> Run:
+    """A run from plain values, checked as a file is; mistakes are said of ``name``.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    run, findings = _check(Run, dict(values))
+    mistakes = [Mistake(f.key, "", f.message) for f in findings]
+    if run is not None and not findings:
+        mistakes = [Mistake(split(where), "", message) for where, message in checks.problems(run)]
+    if mistakes or run is None:
+        raise ConfigError(_message(mistakes, name))
+    return run
+
+
 def apply_overrides(
     values: Mapping[str, object], overrides: Sequence[str], model: type[BaseModel] = Run
 ) -> dict[str, Any]:

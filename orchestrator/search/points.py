@@ -89,7 +89,7 @@ def dimensions(search: Search, number: int) -> list[Dimension]:
             knobs[("method", knob)] = prior
     shared = {way: read(value) for way, value in flat(search.space)}
     if _LR not in own and _LR not in shared and search.train.lr is None:
-        knobs[_LR] = lr_prior(kind.default_lr, finite)
+        knobs[_LR] = lr_prior(entry["type"], finite)
     # Where steps are given, a smaller batch would mean less data, and trials would not be on equal terms.
     if not {"batch_size", "steps"} & search.train.model_fields_set and not {_BATCH, ("train", "steps")} & set(shared):
         shared[_BATCH] = Range("choice", BATCH_SIZES)

@@ -8,16 +8,13 @@ import copy
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import optuna
 from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler, TPESampler
-from pydantic import ValidationError
 
 from orchestrator.config import Run, Search
-from orchestrator.config.checks import problems
-from orchestrator.config.document import dotted
-from orchestrator.config.explain import explain
+from orchestrator.config.load import make_run
 from orchestrator.config.method import KINDS, default_of
 from orchestrator.config.ranges import flat, is_range, put
 from orchestrator.config.train import HIGHER_IS_BETTER, Train
@@ -27,7 +24,7 @@ from orchestrator.search.priors import alpha_of
 
 METHOD = "method"
 """Name of the first dimension, which the others depend on."""
-_KEEPS = frozenset(Train.model_fields["metric"].annotation.__args__)  # type: ignore[union-attr]
+_KEEPS = frozenset(get_args(Train.model_fields["metric"].annotation))
 """Metrics that can pick a trial's best delta."""
 Mode = Literal["min", "max"]
 
@@ -89,19 +86,7 @@ def trial_run(search: Search, params: Mapping[str, Any], trial_id: str) -> Run:
     if method["type"] == "lora" and "alpha" not in method:
         rank = method.get("rank", default_of(KINDS["lora"], ("rank",)))
         method["alpha"] = alpha_of(rank, bool(method.get("rslora")))
-    return _checked(values, trial_id)
-
-
-def _checked(values: dict[str, Any], trial_id: str) -> Run:
-    try:
-        run = Run.model_validate(values)
-    except ValidationError as error:
-        said = [f"{dotted(f.key)}: {f.message}" for f in explain(Run, error)]
-    else:
-        said = [f"{where}: {message}" for where, message in problems(run)]
-        if not said:
-            return run
-    raise ConfigError(f"{trial_id} is no run: {'; '.join(said)}")
+    return make_run(values, trial_id)
 
 
 class Grid(BruteForceSampler):  # type: ignore[misc]
