@@ -233,6 +233,15 @@ def test_all_mistakes_at_once_each_at_its_line(tmp_path):
     assert "override 'budget=0'" in lines[-1]
 
 
+def test_what_is_wrong_for_all_trials_is_said_once(tmp_path):
+    text = (
+        "data: {train: nowhere.jsonl, eval_fraction: 0.1}\nspace: {train.warmup: {uniform: [0, 0.1]}}\n"
+        "methods: [full, {type: lora, rank: {choice: [4]}, train.lr: {log: [1e-4, 1e-3]}}]\nbase: {quantize: none}\n"
+    )
+    (line,) = mistakes(tmp_path, text)
+    assert line.startswith("data.train.0.path")
+
+
 def test_the_command_prints_the_schema():
     code = "from orchestrator.cli import main; import sys; sys.argv = ['manta', 'schema', 'search']; main()"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
