@@ -3,12 +3,14 @@
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from orchestrator.config import Run
+from orchestrator.config import Run, Search
 from orchestrator.errors import ClusterError, TrainError
+
+AnyRun = TypeVar("AnyRun", Run, Search)
 
 
 def join(address: str | None = None) -> None:
@@ -60,13 +62,13 @@ def describe(address: str | None = None) -> dict[str, Any]:
     }
 
 
-def uses_gpu(run: Run) -> bool:
+def uses_gpu(run: Run | Search) -> bool:
     """Whether workers get a GPU."""
     asked = run.cluster.gpus_per_worker
     return ray.cluster_resources().get("GPU", 0) > 0 if asked == "auto" else asked == 1
 
 
-def require(run: Run, *, gpu: bool) -> None:
+def require(run: Run | Search, *, gpu: bool) -> None:
     """Refuse at once what would otherwise wait for ever.
 
     Raises:
@@ -103,7 +105,7 @@ def worker_env(*, gpu: bool) -> dict[str, str]:
     return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
 
 
-def absolute_paths(run: Run) -> Run:
+def absolute_paths(run: AnyRun) -> AnyRun:
     """The run with local paths made absolute: workers start in another directory."""
 
     def absolute(path: str) -> str:

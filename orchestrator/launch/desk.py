@@ -1,4 +1,4 @@
-"""The desk as an actor on the driver's node: trials wait here for their next evaluation, packs for their next orders."""
+"""The desk as an actor on the driver's node: trials wait here for evaluations, packs for orders."""
 
 import asyncio
 import time
@@ -8,10 +8,10 @@ from typing import Any
 import ray
 from pydantic import ValidationError
 
-from orchestrator.config import Run
 from orchestrator.config.search import Search
 from orchestrator.errors import MantaError
-from orchestrator.search.space import lane, trial_run
+from orchestrator.search.sampler import lane
+from orchestrator.search.space import trial_run
 from orchestrator.search.study import Study
 from orchestrator.train.desk import Desk, Event, Lease, Orders
 
@@ -69,8 +69,7 @@ class DeskActor:
             if found := self._study.after(row, seen + 1):
                 return {**found, "evaluation": seen + 1, "done": False}
             if row.why or self._stopped:
-                last = self._study.after(row, seen) or {}
-                return {**last, "evaluation": seen, "done": True}
+                return {**self._study.worth(row), "evaluation": seen, "done": True}
             await self._something()
 
     def withdraw(self, trial: str) -> None:
@@ -80,11 +79,11 @@ class DeskActor:
 
     # -- a pack's side
 
-    def hello(self, pack: str, where: str) -> int | None:
+    def hello(self, pack: str, where: str) -> None:
         """A pack's workers have started."""
-        known = self._desk.hello(pack, where)
+        self._desk.hello(pack, where)
+        self._take()
         self._hear([("", "pack", {"pack": pack, "lane": where, "what": "started"})])
-        return known
 
     def gone(self, pack: str) -> None:
         """A pack has ended, or is lost for good."""
@@ -106,10 +105,14 @@ class DeskActor:
         self._desk.tell(pack, [(t, k, {**v, "pack": pack} if k == "joined" else v) for t, k, v in events])
         self._take()
 
-    def shrink(self, pack: str, capacity: int) -> None:
+    def limits(self, pack: str) -> tuple[int | None, int | None]:
+        """Most slots, and most tokens of a pass, of a pack whose memory has shown them."""
+        return self._desk.limits(pack)
+
+    def shrink(self, pack: str, capacity: int, tokens: int) -> None:
         """A pack ran out of memory."""
-        self._desk.shrink(pack, capacity)
-        self._hear([("", "pack", {"pack": pack, "what": "shrunk", "capacity": capacity})])
+        self._desk.shrink(pack, capacity, tokens)
+        self._hear([("", "pack", {"pack": pack, "what": "shrunk", "capacity": capacity, "tokens": tokens})])
 
     def fail(self, kind: str, message: str) -> None:
         """An error that no restart mends and that no trial alone is to blame for; the first one counts."""
@@ -132,9 +135,17 @@ class DeskActor:
         said, self._said = self._said, []
         return said
 
-    def waiting(self) -> dict[str, int]:
-        """How many trials queue, by lane."""
-        return self._desk.waiting()
+    def load(self) -> dict[str, int]:
+        """Of lanes in which trials queue: how many queue there or are in a slot."""
+        return self._desk.load()
+
+    def sample(self, where: str) -> dict[str, Any]:
+        """The config of a trial that queues in a lane."""
+        return self._desk.sample(where)
+
+    def over(self, where: str) -> str | None:
+        """Why a lane needs no pack any more, if it does not."""
+        return self._desk.broken(where) or (self._fatal[1] if self._fatal else None)
 
     def park(self, reason: str) -> None:
         """Stop: packs write checkpoints and end, trials do not wait any more. A later driver goes on."""

@@ -20,6 +20,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any], desk: Any = None) -> None:
         """Take a first point."""
         self._desk = desk
+        self._trial, self._seen = "", 0
         self._offer(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pyarrow import fs
+from pyarrow import fs  # type: ignore[import-untyped]
 
 from orchestrator.errors import CheckpointError, MantaError
 from orchestrator.train.checkpoint import STATE
@@ -27,8 +27,8 @@ class TrialStore:
             self._fs, self._path = fs.LocalFileSystem(), root
         self._local = isinstance(self._fs, fs.LocalFileSystem)
 
-    def save(self, trial: str, step: int, write: Callable[[Path], None], *, keep: int) -> None:
-        """Let ``write`` fill a new checkpoint; the last ``keep`` stay.
+    def save(self, trial: str, step: int, write: Callable[[Path], None]) -> None:
+        """Let ``write`` fill a new checkpoint, in place of the last one.
 
         Raises:
             CheckpointError: it cannot be written; the ones before are whole.
@@ -40,10 +40,8 @@ class TrialStore:
             with suppress(OSError):
                 self._fs.delete_dir(f"{self._path}/{trial}/{name}.part")
             before = "the one before it is whole" if self.steps(trial) else "there is none before it"
-            raise CheckpointError(
-                f"the checkpoint of {trial} at step {step} cannot be written: {e}; {before}"
-            ) from e
-        for old in [s for s in self.steps(trial) if s < step][: -keep + 1 or None]:
+            raise CheckpointError(f"the checkpoint of {trial} at step {step} cannot be written: {e}; {before}") from e
+        for old in [s for s in self.steps(trial) if s != step]:
             with suppress(OSError):
                 self._fs.delete_dir(f"{self._path}/{trial}/step-{old:08d}")
 

@@ -72,6 +72,7 @@ def build_tuner(
             storage_path=str(folder),
             stop=_Stopped(desk),
             failure_config=tune.FailureConfig(max_failures=_RETRIES, fail_fast=False),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
             callbacks=[_Withdrawn(desk)],
             verbose=0,
         ),

@@ -12,7 +12,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 
-class Numbered(BaseSampler):
+class Numbered(BaseSampler):  # type: ignore[misc]
     """Makes a sampler anew for each trial, from the trial's number."""
 
     def __init__(self, make: Callable[[int], BaseSampler]) -> None:
@@ -26,13 +26,15 @@ class Numbered(BaseSampler):
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """As optuna's."""
-        return self._inner.infer_relative_search_space(study, trial)
+        found: dict[str, BaseDistribution] = self._inner.infer_relative_search_space(study, trial)
+        return found
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """As optuna's."""
-        return self._inner.sample_relative(study, trial, search_space)
+        found: dict[str, Any] = self._inner.sample_relative(study, trial, search_space)
+        return found
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -40,8 +42,6 @@ class Numbered(BaseSampler):
         """As optuna's."""
         return self._inner.sample_independent(study, trial, param_name, param_distribution)
 
-    def after_trial(
-        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any
-    ) -> None:
+    def after_trial(self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         """As optuna's."""
         self._inner.after_trial(study, trial, state, values)

@@ -8,7 +8,7 @@
 - ``joined``: ``step`` (where it starts or goes on), ``total`` steps, ``parameters`` (trained ones), ``memory`` (bytes
   that it adds in training), ``latency`` (seconds that it adds to a forward pass), ``pack`` (the one that took it);
   each where it is known;
-- ``step``: ``step``, ``total``, ``loss``, ``lr``, ``grad_norm``, ``tokens`` (of this step), ``seconds_per_step``;
+- ``step``: ``step``, ``total``, ``loss``, ``lr``, ``grad_norm``, ``tokens`` (so far), ``seconds_per_step``;
 - ``eval``: ``step``, ``total``, ``eval_loss`` and, of a classification, ``accuracy``, ``f1``, ``mcc``;
 - ``saved``: ``step`` of a checkpoint;
 - ``left``: it lost its slot and queues again, to go on from its checkpoint;
@@ -102,12 +102,8 @@ class Row:
     """In a slot, to the last word from it."""
     spans: list[Span] = field(default_factory=list)
     """Its stays in slots: several, where a pack was lost."""
-    _tokens: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def tokens(self) -> int:
-        """Trained on, each step counted once."""
-        return sum(self._tokens.values())
+    tokens: int = 0
+    """Trained on, each step counted once."""
 
     @property
     def method(self) -> str:
@@ -221,6 +217,11 @@ class Study:
         done = round(10 * steps[-1] / row.total) if row.total else evaluations
         return {"tenth": done, **{m: found[m] for m in self.metrics if m in found}}
 
+    def worth(self, row: Row) -> dict[str, float]:
+        """The objectives' values by now, those that are known; none of a trial that failed."""
+        known = {} if row.state == "failed" else {metric: row.value(metric) for metric in self.metrics}
+        return {metric: value for metric, value in known.items() if value is not None}
+
     def _watched(self) -> str:
         """The held-out metric that picks a trial's best delta."""
         return self.metrics[0] if self.metrics[0] in _MEASURED else "eval_loss"
@@ -251,7 +252,7 @@ class Study:
         step = values["step"]
         row.step, row.total = step, values.get("total", row.total)
         row.curves.setdefault("loss", {})[step] = values["loss"]
-        row._tokens[step] = values.get("tokens", 0)
+        row.tokens = values.get("tokens", row.tokens)
 
     def _eval(self, row: Row, values: Mapping[str, Any], _: float) -> None:
         step = values["step"]

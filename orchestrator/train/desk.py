@@ -135,8 +135,8 @@ class Desk:
         """What happened, in order."""
         here = self._packs[pack]
         for trial, kind, values in events:
-            if kind == "ended" and values["why"] == "withdrawn" and self._parking:
-                kind, values = "left", {}
+            if kind == "ended" and self._parking and values["why"] in ("withdrawn", "failed"):
+                kind, values = "left", {}  # to be gone on with, where what stopped the search may also have failed it
             if kind == "ended":
                 here.held.pop(trial, None)
                 self._end(trial, dict(values))
@@ -178,6 +178,23 @@ class Desk:
         """How many trials queue, by lane."""
         return {lane: len(queue) for lane, queue in self._queues.items() if queue}
 
+    def load(self) -> dict[str, int]:
+        """Of lanes in which trials queue: how many queue there or are in a slot."""
+        held = {lane: sum(len(p.held) for p in self._packs.values() if p.lane == lane) for lane in self._queues}
+        return {lane: count + held[lane] for lane, count in self.waiting().items()}
+
+    def sample(self, lane: str) -> dict[str, Any]:
+        """The config of a trial that queues in a lane, for what all of the lane have in common.
+
+        Raises:
+            LookupError: none does.
+        """
+        return self._queues[lane][0].run
+
+    def broken(self, lane: str) -> str | None:
+        """Why no pack can take the trials of a lane, if none can."""
+        return self._broken.get(lane)
+
     def _starving(self) -> bool:
         return bool(self.waiting().keys() - {pack.lane for pack in self._packs.values()})
 
@@ -191,7 +208,9 @@ class Desk:
         if here := self._packs.get(pack):
             lost, here.held = here.held, {}
             for lease in reversed(lost.values()):
-                if lease.trial in self._leaving:
+                if reason := self._broken.get(lease.lane):
+                    self._end(lease.trial, {"why": "failed", "reason": reason})
+                elif lease.trial in self._leaving:
                     self._end(lease.trial, {"why": "withdrawn"})
                 else:
                     self._queues.setdefault(here.lane, deque()).appendleft(lease)
