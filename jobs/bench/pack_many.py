@@ -51,7 +51,7 @@ def many(args: argparse.Namespace, shape: str, scratch: Path, solo: list[dict[st
     if not needs:
         return [{"failed": f"how many processes fit is read off part peft-{shape}, which is to be measured first"}]
     # A base is loaded whole before it is quantized, one process at a time.
-    room = _gpu_gib() - SPARE_GIB if args.device == "cuda" else float("inf")
+    room = _gpu_gib() - SPARE_GIB if args.device == "cuda" else 1e9
     fits = {size: max(1, min(args.most, int(room // need))) for size, need in needs.items()}
     order = sorted(fits, key=lambda size: (-fits[size], needs[size]))
     place = {"order": order, "fits": fits}
