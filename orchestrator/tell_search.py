@@ -5,8 +5,9 @@ from rich.console import Console
 from orchestrator.config import Search
 from orchestrator.launch.pool import SLOTS_CPU, SLOTS_GPU
 from orchestrator.launch.tune import SearchOutcome
-from orchestrator.search.lanes import SOLO, lanes
-from orchestrator.search.space import dimensions, first_points, labels, size
+from orchestrator.search.lanes import lanes
+from orchestrator.search.points import dimensions, labels
+from orchestrator.search.space import first_points, size
 
 _SHOWN = 5
 
@@ -53,5 +54,5 @@ def tell_plan(search: Search, console: Console | None = None) -> None:
     console.print(f"judged by {', '.join(o.metric for o in search.objective)}")
     asked = search.packs.slots
     slots = f"{SLOTS_CPU} trials at once on CPUs, {SLOTS_GPU} on a GPU" if asked == "auto" else f"{asked} at once"
-    for lane in lanes(search):
-        console.print(f"pack      {lane}: {'one trial after the other' if lane == SOLO else slots}")
+    for lane, alone in lanes(search).items():
+        console.print(f"pack      {lane}: {'one trial after the other' if alone else slots}")

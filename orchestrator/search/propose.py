@@ -7,8 +7,7 @@ import optuna
 
 from orchestrator.config.search import Search
 from orchestrator.search.numbered import Numbered
-from orchestrator.search.sampler import sampler
-from orchestrator.search.space import first_points, suggest
+from orchestrator.search.space import first_points, sampler, suggest
 from orchestrator.search.study import Row
 
 NUMBER = "number"
