@@ -25,7 +25,7 @@ def tell(outcome: SearchOutcome, console: Console | None = None) -> None:
         values = ", ".join(f"{m} {v:.4f}" for m in study.metrics if (v := outcome.winner.value(m)) is not None)
         point = ", ".join(f"{key}={value}" for key, value in outcome.winner.params.items())
         console.print(f"best      {outcome.winner.trial}: {values}  ({point})", soft_wrap=True, markup=False)
-    console.print(f"study     {outcome.folder}", soft_wrap=True)
+    console.print(f"report    {outcome.report}", soft_wrap=True)
     console.print(f"MLflow    {outcome.tracking_uri}", soft_wrap=True)
     if outcome.version is None:
         console.print(f"go on     manta tune --resume {outcome.search_id}", soft_wrap=True)

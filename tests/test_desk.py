@@ -56,6 +56,12 @@ def test_a_withdrawn_trial_leaves_until_it_has_left(desk: Desk) -> None:
     assert kinds(desk) == [("a", "ended", "withdrawn")], "once"
 
 
+def test_a_slot_that_is_left_is_filled_at_once(desk: Desk) -> None:
+    desk.orders("p", 2)
+    desk.withdraw("a")
+    assert desk.orders("p", 0) == Orders(join=(lease("c"),), leave=("a",))
+
+
 def test_parked_trials_have_not_ended(desk: Desk) -> None:
     desk.orders("p", 2)
     desk.park()

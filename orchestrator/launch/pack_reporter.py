@@ -12,6 +12,10 @@ from orchestrator.errors import CheckpointError
 from orchestrator.launch.trial_store import TrialStore
 from orchestrator.train.desk import Orders
 
+_WAIT_S = 0.05
+"""A step waits for the desk as long at most: an answer takes a millisecond or two, and a slot that comes free is filled
+before the step, not after it."""
+
 
 class RayPackReporter:
     """A ``PackReporter`` over the desk's actor. What is told goes out with the next call for orders."""
@@ -24,12 +28,12 @@ class RayPackReporter:
         self._warned = False
 
     def orders(self, free: int) -> Orders | None:
-        """Asked for ahead while trials train, so that no step waits for the answer; waited for where none does."""
+        """The desk's; while trials train, an answer that is late is for the next step."""
         self.flush()
         busy = bool(self._held)
         if self._asked is None:
             self._asked = self._desk.orders.remote(self._pack, free, busy=busy)
-        ready, _ = ray.wait([self._asked], timeout=0 if busy else None)
+        ready, _ = ray.wait([self._asked], timeout=_WAIT_S if busy else None)
         if not ready:
             return None
         orders: Orders = ray.get(ready[0])

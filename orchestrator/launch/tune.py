@@ -1,5 +1,7 @@
 """Launch a search: a desk, packs that train, Ray Tune that decides, one writer, and the winner published at its end."""
 
+import logging
+import os
 import secrets
 import shutil
 import signal
@@ -26,8 +28,11 @@ from orchestrator.launch.trial_store import TrialStore
 from orchestrator.launch.tuner import build_tuner
 from orchestrator.registry import Registry, TrackedRun, Version, check_alias, check_name
 from orchestrator.search.lanes import lanes
+from orchestrator.search.report import write_report
 from orchestrator.search.space import size
 from orchestrator.search.study import Record, Row, Study, folder_of, read_lines, read_record, write_record
+
+_log = logging.getLogger(__name__)
 
 _CHANGEABLE = ("cluster.", "shard=", "packs.", "budget")
 """What a resumed search may change: where and how long it runs, not what it learns."""
@@ -53,6 +58,11 @@ class SearchOutcome:
     """The registered version."""
     tracking_uri: str
     """Where MLflow is."""
+
+    @property
+    def report(self) -> Path:
+        """The page with the study's pictures."""
+        return self.folder / "report.html"
 
     @property
     def folder(self) -> Path:
@@ -88,6 +98,8 @@ def tune(
     check_name(search.tracking.register_as or search.name)
     if search.tracking.alias:
         check_alias(search.tracking.alias)
+    # A trial's process takes no core; Ray would warn of so many on few cores.
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "64")
     join(address)
     gpu = uses_gpu(search)
     require(search, gpu=gpu)
@@ -101,6 +113,7 @@ def tune(
         write_record(record)
         study, why = _search(search, record, registry, tracked, Shape.of(search, lanes(search), gpu=gpu), listen)
         outcome = _publish(search, record, registry, study, why)
+        _report(outcome, tracked)
         status = "FINISHED" if outcome.complete else "KILLED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -191,6 +204,16 @@ def _publish(search: Search, record: Record, registry: Registry, study: Study, w
             shutil.copytree(best if best.is_dir() else last, delta)
         version = _register(search, record, registry, study, winner, delta)
     return SearchOutcome(record.id, why, complete, study, winner, delta, version, registry.uri)
+
+
+def _report(outcome: SearchOutcome, tracked: TrackedRun) -> None:
+    """A page with the study's pictures; one that cannot be written does not cost a search."""
+    if not outcome.study.rows:
+        return
+    try:
+        tracked.attach(write_report(outcome.study, outcome.report))
+    except OSError as e:
+        _log.warning("no report: %s", e)
 
 
 def _register(search: Search, record: Record, registry: Registry, study: Study, winner: Row, delta: Path) -> Version:

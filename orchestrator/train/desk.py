@@ -121,15 +121,16 @@ class Desk:
         self._packs.pop(pack, None)
 
     def orders(self, pack: str, free: int) -> Orders:
-        """What to do before the next step; at most ``free`` trials to take in.
+        """What to do before the next step; at most as many trials to take in as slots are ``free`` or left.
 
         A pack without work is told to close where another lane waits and has no pack: it may lack the room for one.
         """
         here = self._packs[pack]
         queue = self._queues.setdefault(here.lane, deque())
-        join = () if self._parking else tuple(queue.popleft() for _ in range(min(free, len(queue))))
-        here.held.update({lease.trial: lease for lease in join})
         leave = tuple(t for t in here.held if t in self._leaving or self._parking)
+        room = 0 if self._parking else free + len(leave)
+        join = tuple(queue.popleft() for _ in range(min(room, len(queue))))
+        here.held.update({lease.trial: lease for lease in join})
         return Orders(join, leave, self._closed or self._parking or (not here.held and self._starving()))
 
     def tell(self, pack: str, events: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
