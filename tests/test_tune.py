@@ -1,5 +1,7 @@
 """A search on Ray, from its file to the winner in the registry; each trial against its run alone."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from orchestrator.errors import ClusterError, ConfigError, TrainError
 from orchestrator.launch.tune import SearchOutcome, tune
 from orchestrator.search.study import Study, read_record
-from tests.launch_kit import assert_same_bits, local_ray, small, weights
+from tests.launch_kit import ROOT, assert_same_bits, command, local_ray, small, weights
 from tests.tune_kit import alone, board, descendants, searched
 
 
@@ -120,6 +122,34 @@ def test_resume_changes_where_it_runs_and_nothing_else(done: Done) -> None:
 def test_a_search_whose_trials_all_fail_says_why(cluster: str, tmp_path: Path) -> None:
     with pytest.raises(TrainError, match="no_proj"):
         tune(searched(tmp_path, "methods=[{type: lora, targets: [no_proj]}]", "budget=2"))
+
+
+@pytest.mark.parametrize(
+    ("job", "words", "says"),
+    [
+        ("train", ["method.rnk=3"], "method.rnk"),
+        ("tune", ["methods=[lorra]"], "lorra"),
+        ("tune", ["jobs/runs/search.yaml", "budget.trials=0"], "budget.trials"),
+        ("tune", ["objective=accuracy"], "accuracy"),
+        ("tune", ["--resume", "never-begun"], "never-begun"),
+    ],
+)
+def test_a_job_with_a_mistake_says_so_at_once(job: str, words: list[str], says: str) -> None:
+    line = [sys.executable, "-W", "ignore", f"jobs/{job}.py", *words]
+    told = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert told.returncode in (2, 12), told.stderr
+    assert told.stderr.startswith("error: ")
+    assert says in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_a_dry_run_shows_the_space_and_starts_nothing(tmp_path: Path) -> None:
+    process = command("tune", "jobs/runs/search.yaml", "--dry-run", env={"MANTA_HOME": str(tmp_path)})
+    shown, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told
+    assert "bottleneck.size" in shown
+    assert "24 trials" in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_inside_a_trial_without_a_dashboard_is_refused(cluster: str, tmp_path: Path) -> None:

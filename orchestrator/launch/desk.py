@@ -72,7 +72,9 @@ class DeskActor:
             await self._something()
 
     def withdraw(self, trial: str) -> None:
-        """The search has stopped the trial; nothing, where it has ended by itself."""
+        """The search has stopped the trial; nothing, where it has ended by itself, or all are being stopped."""
+        if self._stopped:
+            return
         self._desk.withdraw(trial)
         self._take()
 

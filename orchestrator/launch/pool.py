@@ -34,7 +34,8 @@ class Shape:
     slots: int
     count: int
     """Packs of each lane."""
-    gpu: bool
+    gpu: float
+    """Of one worker: a whole one, a share where there are fewer than packs, 0 on CPUs."""
 
     @classmethod
     def of(cls, search: Search, lanes: Mapping[str, bool], *, gpu: bool) -> "Shape":
@@ -42,11 +43,12 @@ class Shape:
         asked = search.packs
         slots = (SLOTS_GPU if gpu else SLOTS_CPU) if asked.slots == "auto" else asked.slots
         workers = search.cluster.workers.min
-        room = int(ray.cluster_resources().get("GPU", 0)) // workers if gpu else 1
-        count = max(1, room) if asked.count == "auto" else asked.count
+        gpus = int(ray.cluster_resources().get("GPU", 0)) if gpu else 0
+        count = max(1, gpus // workers) if asked.count == "auto" else asked.count
         if search.budget.trials:  # few trials are spread over the packs
             slots = min(slots, -(-search.budget.trials // count))
-        return cls(lanes, slots, count, gpu)
+        on_one = -(-count * len(lanes) * workers // gpus) if gpus else 1
+        return cls(lanes, slots, count, 1 / on_one if gpu else 0.0)
 
     def slots_of(self, lane: str) -> int:
         """Trials that a pack of the lane trains at once."""
@@ -115,10 +117,10 @@ class Pool:
             ray.get(self._desk.gone.remote(pack))
 
     def _trainer(self, pack: str, lane: str) -> Trainer:
-        cluster, gpu = self._search.cluster, self._shape.gpu
+        cluster, gpu = self._search.cluster, self._shape.gpu > 0
         workers = cluster.workers
         run = Run.model_validate(ray.get(self._desk.sample.remote(lane)))
-        share = {"GPU": 1 / len(self._shape.lanes)} if gpu else {}
+        share = {"GPU": self._shape.gpu} if gpu else {}
         return Trainer(
             pack_worker,
             train_loop_config={

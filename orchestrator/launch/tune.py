@@ -118,6 +118,8 @@ def tune(
     except KeyboardInterrupt:
         status = "KILLED"
         raise
+    except ray.exceptions.RayActorError as e:
+        raise _with_hint(e, record.id) from e
     finally:
         finish(tracked, status)
     return outcome
@@ -181,7 +183,7 @@ def _with_hint(error: Any, search_id: str) -> MantaError:
         return made if isinstance(made, MantaError) else TrainError(str(made))
     if isinstance(error, MantaError):
         return type(error)(f"{error}; {go_on}")
-    return TrainError(f"a pack was lost: {reason_of(error)}; {go_on}")
+    return TrainError(f"a part of the search was lost: {reason_of(error)}; {go_on}")
 
 
 def _publish(search: Search, record: Record, registry: Registry, study: Study, why: str) -> SearchOutcome:
