@@ -100,7 +100,7 @@ def searched(args: argparse.Namespace, name: str) -> dict[str, Any]:
     rows = [
         {
             "trial": row.trial,
-            "method": row.method,
+            "method": f"{row.method}{' dora' if row.run.get('method', {}).get('dora') else ''}",
             "params": row.params,
             "state": row.state,
             "dev": row.value("accuracy"),
@@ -123,7 +123,7 @@ def search_file(args: argparse.Namespace, name: str) -> Path:
     chosen = SETS[args.set]
     train, dev, _ = splits(args)
     every = Lora()
-    fixed = {"type": "lora", "rank": every.rank, "alpha": every.alpha, "train": {"lr": {"log": [1e-5, 1e-1]}}}
+    fixed = {"type": "lora", "rank": every.rank, "alpha": every.alpha, "train.lr": {"log": [5e-5, 2e-2]}}
     values = {
         "name": name,
         "base": {"id": str(args.encoder.absolute()), "quantize": "none", "precision": "fp32", "kernels": "none"},
@@ -152,12 +152,12 @@ def splits(args: argparse.Namespace) -> tuple[Path, Path, Path]:
         train, dev = (args.data / f"{name}.jsonl" for name in (chosen.train, chosen.dev))
     if not args.limit:
         return train.absolute(), dev.absolute(), test.absolute()
-    cut = []
+    cut, labels = [], sorted({json.loads(line)["label"] for line in train.read_text().splitlines()})
+    few = set(labels[: max(2, args.limit // 40)])  # some of the labels, so that each is in every split
     for path in (train, dev, test):
-        lines = path.read_text().splitlines()
-        step = max(1, len(lines) // args.limit)  # spread over the file, which may be sorted by label
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["label"] in few]
         kept = args.out / f"few-{path.parent.name}-{path.name}"
-        kept.write_text("\n".join(lines[::step][: args.limit]) + "\n")
+        kept.write_text("\n".join(lines[:: max(1, len(lines) // args.limit)]) + "\n")
         cut.append(kept.absolute())
     return cut[0], cut[1], cut[2]
 

@@ -54,18 +54,16 @@ def _markdown(args: argparse.Namespace, search: dict[str, Any], sweep: dict[str,
         )
     lines += [
         "",
-        "In points, with the 95 % interval of a paired bootstrap over texts and seeds; trained parameters with the head.",
+        "In points, with the 95 % interval of a paired bootstrap over texts and seeds. Trained: with the head.",
         "",
         "The best trial of each method, dev split:",
         "",
         "| method | trials | dev accuracy | trained | point |",
         "|---|---|---|---|---|",
     ]
-    for label in sorted({row["params"]["method"] for row in search["rows"]}, key=lambda m: -_best(search, m)["dev"]):
-        mine, best = [r for r in search["rows"] if r["params"]["method"] == label], _best(search, label)
-        point = ", ".join(
-            f"{k.removeprefix(f'{label}.')} {_short(v)}" for k, v in best["params"].items() if k != "method"
-        )
+    for label in sorted({row["method"] for row in search["rows"]}, key=lambda m: -_best(search, m)["dev"]):
+        mine, best = [r for r in search["rows"] if r["method"] == label], _best(search, label)
+        point = ", ".join(f"{k.rpartition('.')[2]} {_short(v)}" for k, v in best["params"].items() if k != "method")
         size = f"{best['parameters']:,}" if best["parameters"] else ""
         dev = f"{100 * best['dev']:.2f}" if best["dev"] >= 0 else ""
         lines.append(f"| {label} | {len(mine)} | {dev} | {size} | {point} |")
@@ -75,7 +73,7 @@ def _markdown(args: argparse.Namespace, search: dict[str, Any], sweep: dict[str,
 def _best(search: dict[str, Any], label: str) -> dict[str, Any]:
     """A method's best trial; of one whose trials have no value, the first."""
     mine = [{**row, "dev": -1.0 if row["dev"] is None else row["dev"]} for row in search["rows"]]
-    return max((row for row in mine if row["params"]["method"] == label), key=lambda row: float(row["dev"]))
+    return max((row for row in mine if row["method"] == label), key=lambda row: float(row["dev"]))
 
 
 def _tokens(found: dict[str, Any]) -> int:
@@ -101,8 +99,8 @@ def _plot(args: argparse.Namespace, search: dict[str, Any]) -> None:
 
     rows = [row for row in search["rows"] if row["dev"] is not None and row["parameters"] and row["state"] != "failed"]
     figure, axis = pyplot.subplots(figsize=(8, 4.8))
-    for number, label in enumerate(sorted({row["params"]["method"] for row in rows})):
-        mine = [row for row in rows if row["params"]["method"] == label]
+    for number, label in enumerate(sorted({row["method"] for row in rows})):
+        mine = [row for row in rows if row["method"] == label]
         for state, alpha in (("finished", 1.0), ("stopped", 0.35)):
             some = [row for row in mine if row["state"] == state]
             axis.scatter(
