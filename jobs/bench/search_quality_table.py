@@ -109,7 +109,7 @@ def _plot(args: argparse.Namespace, search: dict[str, Any]) -> None:
                 s=50,
                 alpha=alpha,
                 color=pyplot.get_cmap("tab10")(number % 10),
-                label=label if state == "finished" or not any(r["state"] == "finished" for r in mine) else None,
+                label=label if state == "finished" else None,
             )
     best = sorted((r for r in rows if r["trial"] in search["front"]), key=lambda r: float(r["parameters"]))
     axis.step(
