@@ -13,6 +13,7 @@ import typer
 from orchestrator import __version__
 from orchestrator.cli_deltas import app as deltas
 from orchestrator.cli_eval import evaluate
+from orchestrator.cli_tune import tune
 from orchestrator.errors import ConfigError, MantaError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(deltas, name="deltas", help="List, show, import, promote, export and clean up deltas.")
 app.command("eval")(evaluate)
+app.command("tune")(tune)
 
 Words = Annotated[
     list[str] | None,
@@ -121,13 +123,15 @@ def quickstart(
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(help="run or serving")] = "run") -> None:
-    """Print the JSON Schema of a run or serving file, for editors."""
-    from orchestrator.config.schema import json_schema
+def schema(kind: Annotated[str, typer.Argument(help="run, search or serving")] = "run") -> None:
+    """Print the JSON Schema of a run, search or serving file, for editors."""
+    from orchestrator.config.schema import MODELS, json_schema
 
-    if kind not in ("run", "serving"):
-        raise ConfigError(f"schema: {kind!r} is none of run, serving")
-    typer.echo(json.dumps(json_schema("run" if kind == "run" else "serving"), indent=2))
+    for known in MODELS:
+        if kind == known:
+            typer.echo(json.dumps(json_schema(known), indent=2))
+            return
+    raise ConfigError(f"schema: {kind!r} is none of {', '.join(MODELS)}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ class MantaError(Exception):
 
 
 class ConfigError(MantaError, ValueError):
-    """A run or serving file, or an override, is wrong; the message holds every mistake."""
+    """A run, search or serving file, or an override, is wrong; the message holds every mistake."""
 
     exit_code = 2
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from orchestrator.leaderboard import Leaderboard, budget_left, spent
 from orchestrator.search.study import Study
-from tests.search_kit import study
+from tests.study_kit import study
 
 
 def running(count: int = 24) -> Study:
@@ -149,7 +149,7 @@ def test_a_stream_that_fails_is_given_up(error: Exception, terminal: bool) -> No
 SCRIPT = """
 import os, sys, time
 from orchestrator.leaderboard import Leaderboard
-from tests.search_kit import study
+from tests.study_kit import study
 with Leaderboard() as board:
     board(study(0))
     os.write(3, b"up")

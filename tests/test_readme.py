@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from orchestrator.cli import app, split
-from orchestrator.config.load import load_run, load_serving
+from orchestrator.config.load import load_run, load_search, load_serving
 
 README = Path("README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.S)
@@ -19,6 +19,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("#")
 ]
+LOADS = {"train": load_run, "serve": load_serving, "tune": load_search}
 
 
 def words(command: list[str]) -> tuple[list[str], list[str]]:
@@ -45,11 +46,11 @@ def test_a_command_of_the_readme_is_one(command: list[str], tmp_path: Path, monk
         assert Path(command[at + 1]).is_file()
         read = load_serving if "serve" in command[at + 1] else load_run
         read(*split(command[at + 2 :]))
-    elif command[0] == "manta" and command[1] in ("train", "serve"):
+    elif command[0] == "manta" and command[1] in LOADS:
         rest, options = words(command)
         Path(tmp_path, "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
         rest = [w.replace("data=my.jsonl", f"data={tmp_path}/my.jsonl") for w in rest]
-        (load_serving if command[1] == "serve" else load_run)(*split(rest))
+        LOADS[command[1]](*split(rest))
         shown = CliRunner().invoke(app, [command[1], "--help"], env={"COLUMNS": "200"}).output
         assert all(option in shown for option in options)
     elif command[0] == "manta":
@@ -73,6 +74,16 @@ def test_the_run_file_of_the_readme_reads(tmp_path: Path) -> None:
     file.write_text(text)
     run = load_run(file)
     assert (run.cluster.workers.max, run.method.rank, run.train.early_stopping) == (8, 16, 3)
+
+
+def test_the_search_file_of_the_readme_reads(tmp_path: Path) -> None:
+    text = next(block for kind, block in BLOCKS if kind == "yaml" and "methods:" in block)
+    Path(tmp_path, "tickets.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    file = tmp_path / "search.yaml"
+    file.write_text(text.replace("tickets.jsonl", f"{tmp_path}/tickets.jsonl"))
+    search = load_search(file)
+    assert [entry["type"] for entry in search.methods] == ["lora", "lora", "bottleneck"]
+    assert (search.budget.trials, len(search.objective)) == (40, 2)
 
 
 def test_figures_of_the_readme_are_those_of_the_benchmarks() -> None:

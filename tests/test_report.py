@@ -16,7 +16,7 @@ from orchestrator.search import figures
 from orchestrator.search.frozen import frozen_study, importances
 from orchestrator.search.report import run_file, write_report
 from orchestrator.search.study import Study
-from tests.search_kit import HOSTILE, study
+from tests.study_kit import HOSTILE, study
 
 PLOTS = ("plot-curves", "plot-pareto-parameters", "plot-parallel", "plot-importance", "plot-timeline")
 

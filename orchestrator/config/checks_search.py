@@ -101,7 +101,7 @@ def _methods(search: Search, known: set[str]) -> Iterator[Problem]:
             yield f"{where}.type", f"got {shown(said)}; allowed: one of {', '.join(KINDS)}{hint}"
         else:
             yield from _knobs(search, where, entry, known)
-            yield from _own_lr(search, where, entry)
+            yield from _own_lr(search, where, entry, known)
 
 
 def _knobs(search: Search, where: str, entry: Mapping[str, Any], known: set[str]) -> Iterator[Problem]:
@@ -128,7 +128,7 @@ def _knobs(search: Search, where: str, entry: Mapping[str, Any], known: set[str]
             yield f"{where}.{'.'.join(way[1:])}", message
 
 
-def _own_lr(search: Search, where: str, entry: Mapping[str, Any]) -> Iterator[Problem]:
+def _own_lr(search: Search, where: str, entry: Mapping[str, Any], known: set[str]) -> Iterator[Problem]:
     """``train.lr`` beside the knobs: a method's own learning rate."""
     if "train" not in entry:
         return
@@ -144,7 +144,7 @@ def _own_lr(search: Search, where: str, entry: Mapping[str, Any]) -> Iterator[Pr
         yield at, mistake
     else:
         span = read(own["lr"]) if is_range(own["lr"]) else Range("choice", (own["lr"],))
-        for message in _probed(search.common(), way, span, set()):
+        for message in _probed(search.common(), way, span, known):
             yield at, message
 
 

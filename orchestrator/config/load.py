@@ -48,6 +48,21 @@ def load_evaluation(overrides: Sequence[str]) -> Evaluation:
     return _load(Evaluation, None, overrides, lambda _: [])
 
 
+def make_run(values: Mapping[str, object], name: str) -> Run:
+    """A run from plain values, checked as a file is; mistakes are said of ``name``.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    run, findings, _ = _check(Run, dict(values))
+    mistakes = [Mistake(f.key, "", f.message) for f in findings]
+    if run is not None and not findings:
+        mistakes = [Mistake(split(where), "", message) for where, message in checks.problems(run)]
+    if mistakes or run is None:
+        raise ConfigError(_message(mistakes, name))
+    return run
+
+
 def apply_overrides(
     values: Mapping[str, object], overrides: Sequence[str], model: type[BaseModel] = Run
 ) -> dict[str, Any]:
@@ -91,10 +106,10 @@ def _load(
     for written in [key for key in document.places if any("." in str(part) for part in key)]:
         document.places.setdefault(split(dotted(written)), document.places[written])
     _apply(document, overrides, model)
-    record, findings = _check(model, document.value)
+    record, findings, gone = _check(model, document.value)
     mistakes = document.mistakes + [Mistake(f.key, document.place(f.key), f.message) for f in findings]
     if record is not None:
-        wrong = [dotted(f.key) for f in findings]
+        wrong = [dotted(key) for key in (*(f.key for f in findings), *gone)]
         for where, message in problems(record):
             # What follows from a value that is wrong itself is no second mistake.
             if not any(w in f"{where} {message}" for w in wrong):
@@ -132,25 +147,27 @@ def _line(mistake: Mistake) -> float:
     return int(line) if line.isdecimal() else float("inf")
 
 
-def _check(model: type[T], values: object) -> tuple[T | None, list[Finding]]:
-    """The record and what is wrong; with mistakes, a record in which they are mended or left out, if there is one."""
+def _check(model: type[T], values: object) -> tuple[T | None, list[Finding], list[Key]]:
+    """The record, what is wrong, and which keys were left out for it; with mistakes, a record in which they are mended
+    or left out, if there is one."""
     try:
-        return model.model_validate(values), []
+        return model.model_validate(values), [], []
     except ValidationError as error:
         findings = explain(model, error)
     mended = copy.deepcopy(values)
     for finding in reversed(findings):
         _mend(mended, finding)
-    try:
-        return model.model_validate(mended), findings
-    except ValidationError as error:
-        left = [f for f in explain(model, error) if len(f.key) > 1 and isinstance(f.key[-2], int)]
-    for finding in reversed(left):  # a member of a list that lacks a key it needs, now that the wrong one is out
-        _mend(mended, replace(finding, key=finding.key[:-1]))
-    try:
-        return model.model_validate(mended), findings
-    except ValidationError:
-        return None, findings
+    gone: list[Key] = []
+    for _ in range(3):  # a list's member that lacks what was wrong goes too, and then a list that is empty
+        try:
+            return model.model_validate(mended), findings, gone
+        except ValidationError as error:
+            left = explain(model, error)
+        for finding in reversed(left):
+            key = finding.key[:-1] if len(finding.key) > 1 and isinstance(finding.key[-2], int) else finding.key
+            _mend(mended, replace(finding, key=key, guess=None))
+            gone.append(key)
+    return None, findings, gone
 
 
 def _mend(values: Any, finding: Finding) -> None:

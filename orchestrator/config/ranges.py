@@ -111,7 +111,7 @@ def flat(values: Mapping[str, Any], way: Way = ()) -> Iterator[tuple[Way, Any]]:
 
 
 def put(values: dict[str, Any], way: Way, value: Any) -> None:
-    """Set ``value`` at ``way`` below ``values``, which is changed; a step into a list is an index.
+    """Set ``value`` at ``way`` below ``values``, which is changed; a step into a list is an index. Tuples become lists.
 
     Raises:
         LookupError: the way leads nowhere.
@@ -132,6 +132,8 @@ def put(values: dict[str, Any], way: Way, value: Any) -> None:
         if last:
             here[at] = value
         else:
+            if isinstance(here[at], tuple):
+                here[at] = list(here[at])
             here = here[at]
 
 

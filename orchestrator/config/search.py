@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, FieldSerializationInfo, field_serializer, model_validator
 
 from orchestrator.config.base import Base
 from orchestrator.config.cluster import Cluster, Tracking
@@ -132,10 +132,16 @@ class Search(Strict):
             value["cluster"] = cluster
         return value
 
+    @field_serializer("data", "train")
+    def _as_given(self, part: Data | Train, info: FieldSerializationInfo) -> dict[str, Any]:
+        """Without defaults: what is given is fixed and the rest may be searched, after a round trip too."""
+        return part.model_dump(mode=info.mode, exclude_unset=True)
+
     def common(self) -> dict[str, Any]:
         """What every trial's run has, as plain values; the method is missing."""
-        parts = ("name", "base", "data", "task", "train", "cluster", "tracking")
-        return self.model_dump(include=set(parts))
+        parts = (self.base, self.data, self.task, self.train, self.cluster, self.tracking)
+        names = ("base", "data", "task", "train", "cluster", "tracking")
+        return {"name": self.name} | {name: part.model_dump() for name, part in zip(names, parts, strict=True)}
 
 
 def _method(entry: object) -> object:

@@ -93,6 +93,11 @@ class Shuffled:
         return made
 
     @property
+    def stores(self) -> list[Store]:
+        """Where the samples are."""
+        return self._held.stores
+
+    @property
     def position(self) -> int:
         """Samples taken."""
         return self._position

@@ -2,6 +2,8 @@
 
 import os
 import platform
+import sys
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,6 +97,33 @@ def require(run: Run | Search, *, gpu: bool) -> None:
             f"{need} workers of {run.cluster.cpus_per_worker:g} CPU need {cpus:g}, the cluster has "
             f"{total.get('CPU', 0):g}; lower cluster.workers or cluster.cpus_per_worker, or set MANTA_AUTOSCALING=1"
         )
+
+
+def refuse_a_trap() -> None:
+    """A run inside a trial of Ray Tune frees its workers through the dashboard when the trial is stopped. Without one
+    they stay, and after some trials nothing can start any more.
+
+    Raises:
+        ClusterError: this is such a trial, and the dashboard does not answer.
+    """
+    if "ray.tune" not in sys.modules:
+        return
+    from ray import tune
+    from ray.util.state import list_placement_groups
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # outside of a trial Ray warns, and says None
+        trial = tune.get_context().get_trial_id()
+    if not trial:
+        return
+    try:
+        list_placement_groups(limit=1, timeout=5)
+    except Exception as e:
+        raise ClusterError(
+            f"a training run inside the Ray Tune trial {trial} needs Ray's dashboard, which does not answer: stopped "
+            "trials would keep their workers, and the search would hang. Search with `manta tune`, which does not "
+            "nest runs, or start Ray with ray[default] and include_dashboard=True"
+        ) from e
 
 
 def worker_env(*, gpu: bool) -> dict[str, str]:

@@ -6,14 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
-from pydantic import ValidationError
 
 from orchestrator.config.search import Search
 from orchestrator.errors import MantaError
-from orchestrator.search.sampler import lane
 from orchestrator.search.space import trial_run
 from orchestrator.search.study import Study
 from orchestrator.train.desk import Desk, Event, Lease, Orders
+from orchestrator.train.lane import lane_of
 
 _IDLE_S = 2.0
 """A pack without work is answered after as long at the latest."""
@@ -58,8 +57,8 @@ class DeskActor:
         """Config and lane of a point; with a reason, if it is an impossible one."""
         try:
             run = trial_run(self._search, params, trial)
-            return run.model_dump(mode="json"), lane(run), ""
-        except (MantaError, ValidationError) as e:
+            return run.model_dump(mode="json"), lane_of(run), ""
+        except MantaError as e:
             return {}, "", str(e)
 
     async def result(self, trial: str, seen: int) -> dict[str, Any]:

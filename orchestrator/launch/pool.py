@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +12,11 @@ import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
-from orchestrator.config.search import Search
+from orchestrator.config import Run, Search
 from orchestrator.launch.cluster import worker_env
 from orchestrator.launch.pack_worker import pack_worker
 from orchestrator.launch.train import PATIENCE_S, Trainer, without_uri
-from orchestrator.search.lanes import SOLO
+from orchestrator.train.lane import pack_run
 
 _log = logging.getLogger(__name__)
 
@@ -29,14 +29,15 @@ _LOOK_S = 0.5
 class Shape:
     """How many packs of which size a search has."""
 
-    lanes: tuple[str, ...]
+    lanes: Mapping[str, bool]
+    """Those of the space, and whether their trials train one by one."""
     slots: int
     count: int
     """Packs of each lane."""
     gpu: bool
 
     @classmethod
-    def of(cls, search: Search, lanes: list[str], *, gpu: bool) -> "Shape":
+    def of(cls, search: Search, lanes: Mapping[str, bool], *, gpu: bool) -> "Shape":
         """As the config says, or as the cluster offers."""
         asked = search.packs
         slots = (SLOTS_GPU if gpu else SLOTS_CPU) if asked.slots == "auto" else asked.slots
@@ -45,11 +46,11 @@ class Shape:
         count = max(1, room) if asked.count == "auto" else asked.count
         if search.budget.trials:  # few trials are spread over the packs
             slots = min(slots, -(-search.budget.trials // count))
-        return cls(tuple(lanes), slots, count, gpu)
+        return cls(lanes, slots, count, gpu)
 
     def slots_of(self, lane: str) -> int:
         """Trials that a pack of the lane trains at once."""
-        return 1 if lane == SOLO else self.slots
+        return 1 if self.lanes.get(lane) else self.slots
 
     @property
     def at_once(self) -> int:
@@ -116,6 +117,7 @@ class Pool:
     def _trainer(self, pack: str, lane: str) -> Trainer:
         cluster, gpu = self._search.cluster, self._shape.gpu
         workers = cluster.workers
+        run = Run.model_validate(ray.get(self._desk.sample.remote(lane)))
         share = {"GPU": 1 / len(self._shape.lanes)} if gpu else {}
         return Trainer(
             pack_worker,
@@ -125,7 +127,7 @@ class Pool:
                 "slots": self._shape.slots_of(lane),
                 "desk": self._desk,
                 "store": f"{self._storage}/{self._id}/trials",
-                "run": without_uri(ray.get(self._desk.sample.remote(lane))),
+                "run": without_uri(pack_run(run).model_dump(mode="json")),
                 "threads": 0 if gpu else max(1, int(cluster.cpus_per_worker)),
             },
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE_S),

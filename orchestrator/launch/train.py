@@ -22,7 +22,15 @@ from orchestrator.config.load import apply_overrides
 from orchestrator.delta import FILES, load_delta
 from orchestrator.errors import CheckpointError, ClusterError, ConfigError, MantaError, RegistryError, TrainError
 from orchestrator.launch import ledger
-from orchestrator.launch.cluster import absolute_paths, join, require, restore_error, uses_gpu, worker_env
+from orchestrator.launch.cluster import (
+    absolute_paths,
+    join,
+    refuse_a_trap,
+    require,
+    restore_error,
+    uses_gpu,
+    worker_env,
+)
 from orchestrator.launch.mailbox import open_mailbox
 from orchestrator.launch.storage import as_checkpoint, is_full, rescue
 from orchestrator.launch.worker import train_worker
@@ -93,6 +101,7 @@ def train(
         check_alias(run.tracking.alias)
     parent = _parent(run.train.init_from, registry) if run.train.init_from and not entry else None
     join(address)
+    refuse_a_trap()
     gpu = uses_gpu(run)
     require(run, gpu=gpu)
     entry = entry or _new_entry(run, parent)

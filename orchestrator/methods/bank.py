@@ -113,6 +113,7 @@ class Bank:
         gone = self._slots.pop(slot)
         if gone.foreign:
             gone.foreign.remove()
+            self._wiring.version += 1
         for part in gone.parts:
             for site in [*part.own, *part.shared]:
                 here = self._wiring.sites.get(site, {}).get(part.key(site))
@@ -358,6 +359,7 @@ class Bank:
             foreign.remove()
             raise
         self._slots[slot] = Slot(seed, task, [Part(method, foreign.knobs, {}, {})], foreign)
+        self._wiring.version += 1
 
     def _fill(self, slot: int, part: Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites

@@ -5,26 +5,27 @@ from typing import Any
 
 from orchestrator.config.search import Search
 from orchestrator.errors import ConfigError
-from orchestrator.search.sampler import lane
-from orchestrator.search.space import Dimension, dimensions, first_points, plain, trial_run
+from orchestrator.search.points import Dimension, dimensions, plain
+from orchestrator.search.space import first_points, trial_run
+from orchestrator.train.lane import lane_of, trains_alone
 
-SOLO = "solo"
-"""The lane whose trials train one by one."""
 _MOST = 64
 """Values looked at of one whole-number range."""
 
 
-def lanes(search: Search) -> list[str]:
-    """All lanes of the space: of each method's first point, and of what one other choice makes of it."""
-    found: dict[str, None] = {}
+def lanes(search: Search) -> dict[str, bool]:
+    """All lanes of the space, and whether their trials train one by one: of each method's first point, and of what
+    one other choice makes of it."""
+    found: dict[str, bool] = {}
     for number, first in enumerate(first_points(search)):
         changes = [{}, *(change for d in dimensions(search, number) for change in _changes(d))]
         for change in changes:
             try:
-                found[lane(trial_run(search, first | change, "trial"))] = None
+                run = trial_run(search, first | change, "trial")
+                found[lane_of(run)] = trains_alone(run)
             except ConfigError:
                 continue  # such a trial ends with this reason
-    return list(found)
+    return found
 
 
 def _changes(dimension: Dimension) -> Iterator[dict[str, Any]]:

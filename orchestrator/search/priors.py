@@ -1,15 +1,16 @@
-"""What is searched of a method whose entry says nothing: ranges that published work and this project's own benchmarks
-found good, around the defaults of ``config/method.py``.
+"""What is searched of a method whose entry says nothing: ranges from published work, around the method's defaults.
 
-- LoRA: the rank matters little for the best learning rate, and alpha stays 2 r (Biderman et al. 2024, arXiv:2405.09673).
-- Learning rates: a factor of 5 either way of the method's own default. LoRA's best is about ten times that of full
-  fine-tuning and moves by less than 2 from rank 4 to 512 (Schulman et al. 2025, "LoRA Without Regret"); so do the
-  defaults stand to each other.
-- Batch sizes: small ones; LoRA loses more than full fine-tuning from large ones (the same).
-- Bottleneck sizes and placements: Houlsby et al. 2019 (8 to 256), He et al. 2021, arXiv:2110.04366.
-- Virtual tokens: Lester et al. 2021, arXiv:2104.08691 (gains end at 20 to 100).
-- Densities: Guo et al. 2020, arXiv:2012.07463 (0.5 %), Sung et al. 2021, arXiv:2111.09839 (0.02 to 2.5 %).
-- Layers: Lee et al. 2019, arXiv:1911.03090 (a quarter of the layers is nearly enough).
+- Learning rates: from what bases of billions of weights want (the methods' defaults lie there) up to what was best for
+  an encoder of 22 million and the demo base (``jobs/bench/methods.md``). LoRA's best is about ten times that of full
+  fine-tuning and moves by less than 2 from rank 4 to 512 (Schulman et al. 2025, "LoRA Without Regret"), so one range
+  serves every rank.
+- Batch sizes: small ones; large ones cost LoRA more than they cost full fine-tuning (the same).
+- LoRA: ranks 4 to 64, alpha = 2 r (Biderman et al. 2024, arXiv:2405.09673).
+- Bottleneck: sizes around those of Houlsby et al. 2019, arXiv:1902.00751; placements as He et al. 2021,
+  arXiv:2110.04366, compare them.
+- Virtual tokens: Lester et al. 2021, arXiv:2104.08691 (more than 20 gain little).
+- Densities: a decade either way of the 0.5 % of Guo et al. 2020, arXiv:2012.07463.
+- Layers: few of the last ones, Lee et al. 2019, arXiv:1911.03090.
 
 A method that is not named here has no knob worth a trial beside its learning rate.
 """
@@ -19,10 +20,6 @@ from typing import Any
 
 from orchestrator.config.ranges import Range
 
-LR_FACTOR = 5.0
-"""Learning rates reach from the default over this to the default times it."""
-LR_GRID_FACTOR = 3.0
-"""The same of a grid's three learning rates."""
 BATCH_SIZES = (4, 8, 16)
 """Samples per step."""
 MOST_OF_LENGTH = 0.25
@@ -52,6 +49,24 @@ PRIORS: dict[str, dict[str, Prior]] = {
 """Method -> knob -> prior."""
 
 
+LEARNING_RATES: dict[str, tuple[float, float]] = {
+    "lora": (1e-4, 4e-3),
+    "bottleneck": (3e-4, 6e-3),
+    "prompt": (1e-2, 3e-1),
+    "prefix": (2e-2, 4e-1),
+    "ia3": (1e-3, 3e-2),
+    "bitfit": (3e-4, 1e-2),
+    "norms": (3e-4, 1e-2),
+    "sparse": (3e-4, 2e-2),
+    "last_layers": (3e-5, 1e-3),
+    "full": (1e-5, 4e-4),
+    "peft": (1e-4, 4e-3),
+}
+"""Method -> lowest and highest peak learning rate of AdamW."""
+GRID_RATES = 3
+"""Learning rates of a grid."""
+
+
 def knob_priors(method: str, length: int, finite: bool) -> dict[str, Range]:
     """Ranges of a method's knobs, at rows of ``length`` tokens; ``finite`` ones for a grid."""
     out = {}
@@ -64,11 +79,13 @@ def knob_priors(method: str, length: int, finite: bool) -> dict[str, Range]:
     return out
 
 
-def lr_prior(default: float, finite: bool) -> Range:
-    """Learning rates around a method's default."""
-    if finite:
-        return Range("choice", (default / LR_GRID_FACTOR, default, default * LR_GRID_FACTOR))
-    return Range("log", (default / LR_FACTOR, default * LR_FACTOR))
+def lr_prior(method: str, finite: bool) -> Range:
+    """Learning rates of a method; for a grid the middles of equal parts on the logarithmic scale, to two digits."""
+    low, high = LEARNING_RATES[method]
+    if not finite:
+        return Range("log", (low, high))
+    shares = [(2 * i + 1) / (2 * GRID_RATES) for i in range(GRID_RATES)]
+    return Range("choice", tuple(float(f"{low * (high / low) ** share:.1e}") for share in shares))
 
 
 def alpha_of(rank: int, rslora: bool) -> float:

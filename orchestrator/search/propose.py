@@ -7,8 +7,7 @@ import optuna
 
 from orchestrator.config.search import Search
 from orchestrator.search.numbered import Numbered
-from orchestrator.search.sampler import sampler
-from orchestrator.search.space import first_points, suggest
+from orchestrator.search.space import first_points, sampler, suggest
 from orchestrator.search.study import Row
 
 NUMBER = "number"
@@ -24,6 +23,7 @@ def propose(search: Search, trial: optuna.Trial) -> dict[str, int]:
 
 def numbered_sampler(search: Search) -> Numbered:
     """The search's sampler, whose draws depend on a trial's number and on what is known by then."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # the study tells of trials
     return Numbered(_Seeded(search))
 
 

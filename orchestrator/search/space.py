@@ -5,116 +5,28 @@ The space is conditional: ``method`` is drawn first, then that method's own knob
 """
 
 import copy
-import json
 import math
-from collections import Counter
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, get_args
 
-from pydantic import ValidationError
+import optuna
+from optuna.samplers import BaseSampler, BruteForceSampler, RandomSampler, TPESampler
 
 from orchestrator.config import Run, Search
-from orchestrator.config.checks import problems
-from orchestrator.config.document import dotted
-from orchestrator.config.explain import explain
+from orchestrator.config.load import make_run
 from orchestrator.config.method import KINDS, default_of
-from orchestrator.config.ranges import Range, Way, flat, is_range, put, read
-from orchestrator.config.train import Train
+from orchestrator.config.ranges import flat, is_range, put
+from orchestrator.config.train import HIGHER_IS_BETTER, Train
 from orchestrator.errors import ConfigError
-from orchestrator.search.priors import BATCH_SIZES, alpha_of, knob_priors, lr_prior
+from orchestrator.search.points import Trial, dimensions, labels, plain
+from orchestrator.search.priors import alpha_of
 
 METHOD = "method"
 """Name of the first dimension, which the others depend on."""
-_LR: Way = ("train", "lr")
-_BATCH: Way = ("train", "batch_size")
-
-
-class Trial(Protocol):
-    """What ``suggest`` needs of an ``optuna.Trial``."""
-
-    def suggest_categorical(self, name: str, choices: Any) -> Any:
-        """One of ``choices``."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> Any:
-        """A number."""
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> Any:
-        """A whole number."""
-
-
-@dataclass(frozen=True)
-class Dimension:
-    """One thing that is drawn: its name in a point, its key in a run, its range, and the value tried first."""
-
-    name: str
-    way: Way
-    range: Range
-    first: Any
-
-    def suggest(self, trial: Trial) -> None:
-        """Draw it."""
-        form, values = self.range.form, self.range.values
-        if form == "choice":
-            trial.suggest_categorical(self.name, [plain(v) for v in values])
-        elif self.range.continuous:
-            trial.suggest_float(self.name, *values, log=form == "log")
-        else:
-            trial.suggest_int(self.name, *values, log=form == "log_int")
-
-    def value(self, drawn: Any) -> Any:
-        """The run's value for what was drawn.
-
-        Raises:
-            ConfigError: it is no point of the range.
-        """
-        if self.range.form != "choice":
-            return drawn
-        for value in self.range.values:
-            if plain(value) == drawn:
-                return copy.deepcopy(value)
-        raise ConfigError(f"{self.name}: {drawn!r} is none of {', '.join(map(str, map(plain, self.range.values)))}")
-
-
-def plain(value: Any) -> Any:
-    """A member of a choice as a point holds it: lists and mappings as JSON text."""
-    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
-
-
-def labels(search: Search) -> tuple[str, ...]:
-    """A name for each entry of ``methods``: its method, from the second of a kind on with a number (``lora#2``)."""
-    seen: Counter[str] = Counter()
-    out = []
-    for entry in search.methods:
-        seen[kind := entry["type"]] += 1
-        out.append(kind if seen[kind] == 1 else f"{kind}#{seen[kind]}")
-    return tuple(out)
-
-
-def dimensions(search: Search, number: int) -> list[Dimension]:
-    """What is drawn after entry ``number`` of ``methods``: its knobs, the learning rate, the keys of ``space``."""
-    entry, label = search.methods[number], labels(search)[number]
-    kind = KINDS[entry["type"]]
-    finite = search.sampler.type == "grid"
-    own = {("method", *way) if way[0] != "train" else way: value for way, value in flat(entry) if way != ("type",)}
-    knobs = {way: read(value) for way, value in own.items() if is_range(value)}
-    for knob, prior in knob_priors(entry["type"], _longest_row(search), finite).items():
-        if knob not in entry:
-            knobs[("method", knob)] = prior
-    shared = {way: read(value) for way, value in flat(search.space)}
-    if _LR not in own and _LR not in shared and search.train.lr is None:
-        knobs[_LR] = lr_prior(kind.default_lr, finite)
-    # Where steps are given, a smaller batch would mean less data, and trials would not be on equal terms.
-    if not {"batch_size", "steps"} & search.train.model_fields_set and not {_BATCH, ("train", "steps")} & set(shared):
-        shared[_BATCH] = Range("choice", BATCH_SIZES)
-    out = []
-    for way, span in sorted(knobs.items(), key=lambda item: item[0] == _LR):
-        default = kind.default_lr if way == _LR else default_of(kind, way[1:])
-        out.append(Dimension(f"{label}.{'.'.join(way[1:] if way != _LR else way)}", way, span, span.nearest(default)))
-    for way, span in shared.items():
-        default = kind.default_lr if way == _LR else _common(search, way)
-        out.append(Dimension(".".join(way), way, span, span.nearest(default)))
-    return out
+_KEEPS = frozenset(get_args(Train.model_fields["metric"].annotation))
+"""Metrics that can pick a trial's best delta."""
+Mode = Literal["min", "max"]
 
 
 def suggest(search: Search, trial: Trial) -> None:
@@ -174,34 +86,47 @@ def trial_run(search: Search, params: Mapping[str, Any], trial_id: str) -> Run:
     if method["type"] == "lora" and "alpha" not in method:
         rank = method.get("rank", default_of(KINDS["lora"], ("rank",)))
         method["alpha"] = alpha_of(rank, bool(method.get("rslora")))
-    return _checked(values, trial_id)
+    return make_run(values, trial_id)
 
 
-_KEEPS = frozenset(Train.model_fields["metric"].annotation.__args__)  # type: ignore[union-attr]
-"""Metrics that can pick a trial's best delta."""
+class Grid(BruteForceSampler):  # type: ignore[misc]
+    """Every point of a finite space once, in drawn order; ``size`` of the space says when to stop asking."""
+
+    def after_trial(self, *_: object) -> None:
+        """Nothing: the parent would stop optuna's own loop, and whoever asks and tells by hand has none."""
 
 
-def _checked(values: dict[str, Any], trial_id: str) -> Run:
-    try:
-        run = Run.model_validate(values)
-    except ValidationError as error:
-        said = [f"{dotted(f.key)}: {f.message}" for f in explain(Run, error)]
-    else:
-        said = [f"{where}: {message}" for where, message in problems(run)]
-        if not said:
-            return run
-    raise ConfigError(f"{trial_id} is no run: {'; '.join(said)}")
+def sampler(search: Search) -> BaseSampler:
+    """The sampler of a search, seeded.
+
+    The estimator is multivariate, each group of knobs that occur together by itself (Falkner et al. 2018,
+    arXiv:1807.01774): the knobs of one method never mix with another's. Running trials count as bad ones, so that many
+    that start at once differ.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if search.sampler.type == "random":
+            return RandomSampler(seed=search.seed)
+        if search.sampler.type == "grid":
+            return Grid(seed=search.seed)
+        startup = search.sampler.startup
+        return TPESampler(seed=search.seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
 
 
-def _common(search: Search, way: Way) -> Any:
-    """What the run's default, or the search, says at ``way``."""
-    here: Any = search.common()
-    for step in way:
-        here = here[int(step)] if isinstance(here, list | tuple) else here[step]
-    return here
+def modes(search: Search) -> dict[str, Mode]:
+    """Metric of each objective, in order, and whether less or more of it is better."""
+    return {o.metric: "max" if o.metric in HIGHER_IS_BETTER else "min" for o in search.objective}
 
 
-def _longest_row(search: Search) -> int:
-    """Tokens of the shortest row that a trial may have."""
-    length = search.space.get("data", {}).get("length")
-    return min(read(length).values) if length is not None else search.data.length
+def lane(run: Run) -> str:
+    """Runs of one lane can share a base; those of ``solo`` share theirs with none.
+
+    ``packed``: any mix of methods that add to a frozen base. ``unquantized-<k>``: the last k layers are held
+    unquantized for it, which would change what other methods see; on a dense base these mix too.
+    """
+    method = run.method
+    if method.type in ("full", "peft"):
+        return "solo"
+    if method.type == "last_layers" and run.base.quantize != "none":
+        return f"unquantized-{method.layers}"
+    return "packed"

@@ -110,9 +110,10 @@ class Desk:
             self._packs[pack].capacity, self._packs[pack].tokens = before.capacity, before.tokens
         return self._packs[pack].capacity
 
-    def tokens(self, pack: str) -> int | None:
-        """Most tokens of a pass that its memory holds, where that is known."""
-        return self._packs[pack].tokens
+    def limits(self, pack: str) -> tuple[int | None, int | None]:
+        """Most slots, and most tokens of a pass, where its memory has shown them."""
+        here = self._packs.get(pack)
+        return (here.capacity, here.tokens) if here else (None, None)
 
     def gone(self, pack: str) -> None:
         """A pack will not come back."""

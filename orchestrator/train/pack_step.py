@@ -8,7 +8,7 @@ from orchestrator.data import Row, Sample, deal_by_tokens, pack
 from orchestrator.data.batch import Batch
 from orchestrator.methods import Bank
 from orchestrator.train.engine import Engine
-from orchestrator.train.loss import plain_loss
+from orchestrator.train.loss import causal_lm_loss, plain_loss
 from orchestrator.train.step import Layout, Loss, Stepper
 
 
@@ -42,14 +42,17 @@ class PackStepper(Stepper):
 
     def loss_of(self, batch: Batch) -> Loss:
         """A delta of the head adds to logits, of which there are none where the loss is computed in the head."""
-        return plain_loss if self.bank.changes_head(int(batch.slot_BT[0, 0])) else self.loss
+        return plain_loss if self._plain(int(batch.slot_BT[0, 0])) else self.loss
+
+    def _plain(self, slot: int) -> bool:
+        return self.loss is causal_lm_loss and self.bank.changes_head(slot)
 
     def deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
         """This rank's micro-batches of everyone's samples; each rank has as many."""
         kinds: dict[Any, list[Row]] = {}
         for row in self._rows(samples):
             alone = row.slot if self.bank.alone(row.slot) else None
-            kinds.setdefault((alone, self.bank.changes_head(row.slot)), []).append(row)
+            kinds.setdefault((alone, self._plain(row.slot)), []).append(row)
         return [
             batch
             for rows in kinds.values()
