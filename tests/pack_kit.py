@@ -35,7 +35,8 @@ class Played(LocalDesk):
         until: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(Desk(), folder)
-        self.runs, self.at, self.until = dict(runs), dict(at or {}), dict(until or {})
+        self.at, self.until = dict(at or {}), dict(until or {})
+        self.leases = {trial: Lease(trial, "", run.model_dump(mode="json")) for trial, run in runs.items()}
         self.offered: set[str] = set()
         self.asked = -1
         self.heard: list[tuple[str, str, dict[str, Any]]] = []
@@ -44,11 +45,11 @@ class Played(LocalDesk):
 
     def orders(self, free: int) -> Orders | None:
         self.asked += 1
-        for trial, run in self.runs.items():
+        for trial, lease in self.leases.items():
             if trial not in self.offered and self.at.get(trial, 0) <= self.asked:
                 self.offered.add(trial)
-                self.desk.offer(Lease(trial, "", run.model_dump(mode="json")))
-        if len(self.offered) == len(self.runs):
+                self.desk.offer(lease)
+        if len(self.offered) == len(self.leases):
             self.desk.close()
         return super().orders(free)
 

@@ -72,19 +72,22 @@ def test_each_trial_trains_as_it_would_alone(base: Path, held_out: str, tmp_path
     assert joined["latency"] >= 0
 
 
-def test_trials_stop_early_each_by_itself(base: Path, held_out: str, tmp_path: Path) -> None:
-    common = (held_out, "train.eval_every=1", "train.early_stopping=2")
+def test_trials_stop_early_each_by_itself(tmp_path: Path) -> None:
+    base, texts = tiny.save(tmp_path / "base", "bert"), write(tmp_path / "texts.jsonl")
+    common = (f"data.train={texts}", f"data.eval={texts}", *CLASSIFY, "train.eval_every=1", "train.early_stopping=2")
     runs = {
-        "hasty": trial(base, *common, "train.steps=8", "train.lr=0.5", "train.warmup=0"),
-        "calm": trial(base, *common, "train.steps=5", "train.lr=0.001"),
+        "stuck": trial(base, *common, "train.steps=9", "train.metric=accuracy", "train.lr=1e-7"),
+        "going": trial(base, *common, "train.steps=6", "train.lr=0.003"),
     }
-    desk = pack_here(Played(tmp_path / "pack", runs), trial(base))
-    assert desk.ended("hasty")["why"] == "stopped early"
-    assert desk.ended("calm")["why"] == "finished"
-    told = train_here(runs["hasty"], tmp_path / "solo")
-    assert told.why == "stopped early"  # type: ignore[attr-defined]
-    assert_same(desk, "hasty", told)
-    assert desk.of("hasty", "eval", "best_step") == told.of("eval", "best_step")
+    desk = pack_here(Played(tmp_path / "pack", runs), trial(base, *common))
+    for name, run in runs.items():
+        told = train_here(run, tmp_path / "solo" / name)
+        assert desk.ended(name)["why"] == told.why  # type: ignore[attr-defined]
+        assert_same(desk, name, told)
+        assert desk.of(name, "eval", "best_step") == told.of("eval", "best_step")
+    assert desk.ended("stuck")["why"] == "stopped early"
+    assert desk.ended("stuck")["step"] == 3
+    assert desk.ended("going")["why"] == "finished"
 
 
 @pytest.mark.parametrize("name", ["lora", "sparse"])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.config import Classification, Run
+from orchestrator.config.checks import problems
 from orchestrator.data import NO_SLOT, Prepared, SampleSource
 from orchestrator.data.batch import Batch
 from orchestrator.delta import check_base
@@ -166,6 +167,8 @@ class Door:
             raise ConfigError(f"the pack's base is {base.id}, held as the search says; a trial has no other")
         if type(run.task) is not type(self.run.task):
             raise ConfigError(f"the pack learns {self.run.task.type}, not {run.task.type}")
+        if wrong := problems(run):
+            raise ConfigError("; ".join(f"{where}: {message}" for where, message in wrong))
         if run.train.init_from:
             raise ConfigError("train.init_from: a search's trials start afresh; take manta train to go on from a delta")
         if run.method.whole_base and self.ground.engine.stage == 3:
