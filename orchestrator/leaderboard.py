@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orchestrator.delta.redact import redact
-from orchestrator.search.frozen import knobs
+from orchestrator.search.frozen import knobs, label
 from orchestrator.search.study import Row, Study
 
 _log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def point(row: Row) -> str:
     """A trial's knobs in one line."""
     said = knobs(row)
     rest = " ".join(f"{safe(key)}={_short(value)}" for key, value in said.items() if key != "method")
-    return f"{safe(row.method)} {rest}".strip()
+    return f"{safe(label(row))} {rest}".strip()
 
 
 def figure(metric: str, value: float | None) -> str:

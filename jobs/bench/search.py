@@ -173,9 +173,9 @@ def table(args: argparse.Namespace) -> str:
     if solos:
         full, stopped = _one_by_one(rows, solos)
         total = sum(row["total"] for row in rows)
+        sides = (("one by one, the same stops", stopped, steps), ("one by one, to the end", full, total))
         lines += [
-            f"| one by one, the same stops | {stopped:,.0f} s | {steps:,} | {steps / stopped:.2f} | {stopped / span:.1f}x |",
-            f"| one by one, to the end | {full:,.0f} s | {total:,} | {total / full:.2f} | {full / span:.1f}x |",
+            *(f"| {side} | {s:,.0f} s | {n:,} | {n / s:.2f} | {s / span:.1f}x |" for side, s, n in sides),
             "",
             *_shares(rows, solos, found, busy, steps),
         ]
@@ -206,8 +206,8 @@ def _shares(
     far, compared = _distance(rows, solos)
     total = sum(row["total"] for row in rows)
     return [
-        f"- Start-up and end of a run of its own: {start:.1f} s each, {start * len(rows):,.0f} s for all; of the search: "
-        f"{found['process_s'] - busy:.1f} s.",
+        f"- Start-up and end of a run of its own: {start:.1f} s each, {start * len(rows):,.0f} s for all; of the "
+        f"search: {found['process_s'] - busy:.1f} s.",
         f"- Training, evaluations included: {step_s:.3f} s a trial-step alone, {busy / max(1, steps):.3f} s packed "
         f"({step_s * steps / busy:.1f}x).",
         f"- Early stopping left {steps:,} of {total:,} trial-steps ({steps / total:.0%}).",

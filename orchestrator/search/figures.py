@@ -8,7 +8,7 @@ import optuna
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from orchestrator.search.frozen import frozen_study, importances, judged, knobs
+from orchestrator.search.frozen import frozen_study, importances, judged, knobs, label
 from orchestrator.search.study import Row, Study, direction
 
 COLORS = qualitative.D3
@@ -23,13 +23,13 @@ def said(value: Any) -> str:
 
 def _hover(row: Row) -> str:
     """Number, state and knobs, safe in plotly's texts, which know tags."""
-    lines = [f"<b>trial {row.number}</b> {escape(row.method)}, {escape(row.state)}"]
+    lines = [f"<b>trial {row.number}</b> {escape(label(row))}, {escape(row.state)}"]
     lines += [f"{escape(key)} = {escape(said(value))}" for key, value in knobs(row).items()]
     return "<br>".join(lines)
 
 
 def _colors(study: Study) -> dict[str, str]:
-    methods = sorted({row.method for row in study.rows.values()})
+    methods = sorted({label(row) for row in study.rows.values()})
     return {method: COLORS[n % len(COLORS)] for n, method in enumerate(methods)}
 
 
@@ -48,10 +48,10 @@ def learning_curves(study: Study) -> Any:
     traces, shown = [], []
     for metric in metrics:
         legend: set[str] = set()
-        for row in sorted(study.rows.values(), key=lambda row: (row.method, row.state != "finished", row.number)):
+        for row in sorted(study.rows.values(), key=lambda row: (label(row), row.state != "finished", row.number)):
             if curve := row.curves.get(metric):
-                traces.append(_curve(row, metric, curve, colors[row.method], first_of=row.method not in legend))
-                legend.add(row.method)
+                traces.append(_curve(row, metric, curve, colors[label(row)], first_of=label(row) not in legend))
+                legend.add(label(row))
                 shown.append(metric)
     if not traces:
         return None
@@ -80,8 +80,8 @@ def _curve(row: Row, metric: str, curve: dict[int, float], color: str, *, first_
         line={"color": color, "width": 1.5, "dash": "dot" if row.state == "failed" else "solid"},
         marker={"size": 5},
         opacity=0.9 if row.state == "finished" else 0.5,
-        name=escape(row.method),
-        legendgroup=row.method,
+        name=escape(label(row)),
+        legendgroup=label(row),
         showlegend=first_of,
         hovertemplate=f"step %{{x}}: {escape(metric)} %{{y:.5g}}<br>{_hover(row).replace('%', '%%')}<extra></extra>",
     )
@@ -97,7 +97,7 @@ def parallel_coordinates(study: Study) -> Any:
     figure.update_layout(title=None, height=440, margin={"l": 60, "r": 20, "t": 30, "b": 70})
     figure.update_annotations(bgcolor="rgba(255, 255, 255, 0.8)")
     figure.update_traces(opacity=0.9, line_width=1.8, selector={"mode": "lines"})
-    labels = [escape(label) for label in figure.layout.xaxis.ticktext]
+    labels = [escape(name) for name in figure.layout.xaxis.ticktext]
     figure.update_xaxes(ticktext=labels, tickangle=25)
     return figure
 
@@ -138,8 +138,8 @@ def pareto(study: Study) -> dict[str, Any]:
 def _tradeoff(study: Study, rows: list[Row], other: str) -> Any:
     first, colors = study.metrics[0], _colors(study)
     traces = []
-    for method in sorted({row.method for row in rows}):
-        own = [row for row in rows if row.method == method]
+    for method in sorted({label(row) for row in rows}):
+        own = [row for row in rows if label(row) == method]
         traces.append(
             go.Scatter(
                 x=[row.value(other) for row in own],

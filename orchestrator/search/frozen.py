@@ -31,13 +31,18 @@ def plain(value: Any) -> Any:
     return value
 
 
+def label(row: Row) -> str:
+    """Its entry among the search's methods: its method, with a number where several entries have the same."""
+    return str(row.params.get("method") or row.method)
+
+
 def knobs(row: Row) -> dict[str, Any]:
     """What was drawn for a trial, named as in its run and short: ``lora.train.lr`` and ``train.lr`` are ``lr``.
 
     Knobs of two methods that share a name share it here, too, so that they can be compared.
     """
-    label = str(row.params.get("method", row.method))
-    names = {key: key.removeprefix(f"{label}.").removeprefix("method.").removeprefix("train.") for key in row.params}
+    own = f"{label(row)}."
+    names = {key: key.removeprefix(own).removeprefix("method.").removeprefix("train.") for key in row.params}
     return {name: plain(row.params[key]) for key, name in names.items()}
 
 

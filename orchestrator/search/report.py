@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from orchestrator.config import Run
 from orchestrator.delta.redact import redact, redacted
 from orchestrator.search import figures
-from orchestrator.search.frozen import FEWEST, judged, knobs
+from orchestrator.search.frozen import FEWEST, judged, knobs, label
 from orchestrator.search.study import Row, Study
 
 _TEMPLATE = Path(__file__).parents[1] / "assets" / "report.html"
@@ -110,7 +110,7 @@ def _leaderboard(study: Study) -> str:
         state = (
             f'<td data-value="{escape(row.state)}"><span class="state" style="background:{color}">{row.state}</span>'
         )
-        cells = [_number(place), _number(row.number), f"{state}</td>", _text(row.method)]
+        cells = [_number(place), _number(row.number), f"{state}</td>", _text(label(row))]
         cells += [_number(row.value(metric), "{:.4f}") for metric in metrics]
         cells += [_number(row.step, f"{{:,}} / {row.total:,}"), _number(row.parameters, "{:,}")]
         cells += [_number(row.memory and row.memory / 2**20, "{:,.1f}"), _number(_ms(row.latency), "{:.2f}")]
