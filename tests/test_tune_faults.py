@@ -93,12 +93,12 @@ def test_a_killed_trial_actor_costs_nothing(cluster: str, undisturbed: Study, tm
 def run_until(words: list[str], home: Path, number: signal.Signals) -> "subprocess.Popen[str]":
     """Start the command, and signal it half-way."""
     process = command("tune", *words, env={"MANTA_HOME": str(home)})
-    os.environ["MANTA_HOME"], before = str(home), os.environ["MANTA_HOME"]
     try:
-        until(lambda: list((home / "searches").glob("*/search.json")))
-        until(lambda: half_way(Study.load(search_id(home))))
-    finally:
-        os.environ["MANTA_HOME"] = before
+        until(lambda: list((home / "searches").glob("*/study.jsonl")))
+        until(lambda: half_way(studied(home)))
+    except BaseException:
+        process.kill()
+        raise
     process.send_signal(number)
     return process
 
