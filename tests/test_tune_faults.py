@@ -87,7 +87,7 @@ def test_a_killed_trial_actor_costs_nothing(cluster: str, undisturbed: Study, tm
     assert kill.acted.is_set()
     joined = [line for line in read_lines(folder_of(outcome.search_id)) if line["kind"] == "joined"]
     assert len(joined) == 6, "no trial left its slot"
-    assert board(outcome.study) == board(undisturbed)
+    assert_same(outcome.study, undisturbed)
 
 
 def run_until(words: list[str], home: Path, number: signal.Signals) -> "subprocess.Popen[str]":
