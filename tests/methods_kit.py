@@ -50,10 +50,16 @@ def loaded(folder: Path, quantize: str) -> Any:
     return load_base(Base(id=str(folder), quantize=quantize)).model
 
 
-def bank_of(model: Any, source: Any = None) -> Bank:
+def bank_of(model: Any, source: Any = None, *, fuse: bool = False) -> Bank:
     """A bank that can read texts."""
     encode = tiny.tokenizer().encode
-    return Bank(model, base_id="tiny", source=source, encode=lambda text: encode(text, add_special_tokens=False))
+    return Bank(
+        model,
+        base_id="tiny",
+        source=source,
+        encode=lambda text: encode(text, add_special_tokens=False),
+        fuse=fuse,
+    )
 
 
 def shake(bank: Bank, slot: int, seed: int = 0, size: float = 0.1) -> None:
