@@ -69,6 +69,7 @@ def test_it_is_the_mean_square_of_each_texts_gradients(arch: str, tmp_path: Path
         assert square.flatten()[chosen].min() >= square.flatten()[~chosen].max() * 0.999
 
 
+@pytest.mark.slow
 def test_a_classification_trains_the_weights_that_matter_to_it(tmp_path: Path) -> None:
     folder, data = tiny.save(tmp_path / "base", "bert"), write(tmp_path / "train.jsonl")
     method = "method={type: sparse, choose: fisher, fisher_samples: 6, density: 0.2}"
