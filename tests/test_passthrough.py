@@ -307,7 +307,7 @@ def test_an_endpoint_refuses_it(tmp_path: Path) -> None:
 def test_an_endpoint_refuses_a_classification(tmp_path: Path) -> None:
     task, knobs = Classification(labels=("a", "b")), Lora(targets=("q_proj",))
     manifest = new_manifest(name="moods", base=IDENTITY, method=knobs, task=task)
-    save_delta(tmp_path / "moods", {"score.weight": torch.ones(2, 2)}, manifest, {"peft_type": "LORA"})
+    save_delta(tmp_path / "moods", {"score.weight": torch.ones(2, 2)}, manifest, {"peft_type": "MANTA"})
     with pytest.raises(MethodError, match=r"moods is a classification delta: .* `manta eval` runs it"):
         Server(deltas=[str(tmp_path / "moods")])
 
