@@ -22,7 +22,7 @@ from orchestrator.methods import Bank, Scope, from_files, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.engine import Engine, least
-from orchestrator.train.fisher import fisher
+from orchestrator.train.fisher import first_loss, fisher
 from orchestrator.train.graph import Graphs
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
@@ -103,7 +103,8 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
     model = engine.start(bare(base.model) if classifies else base.model)
 
     def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
-        return fisher(model, engine, plain_loss, data.train, sites=sites, scope=bank.scope, count=count)
+        with first_loss(bank, model, run.method, data.task, seed=run.train.seed, encoder=encoder) as loss:
+            return fisher(base.model, engine, loss, data.train, sites=sites, scope=bank.scope, count=count)
 
     knobs = fill_slot(bank, run, data.task, restored, parent, measure)
     engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
