@@ -26,8 +26,9 @@ from orchestrator.errors import ConfigError
 from orchestrator.methods import Bank, Scope, head_parameters, method_of, trained_parameters
 from orchestrator.preview_samples import CONTROL, print_samples
 from orchestrator.registry.address import resolve_address
+from orchestrator.train.fill import fill_slot
+from orchestrator.train.setup import total_steps
 from orchestrator.train.task import prepare_run, task_of, uses_encoder
-from orchestrator.train.worker import fill_slot, total_steps
 from orchestrator.train.zero import choose_stage, held_bytes
 
 SHOWN = 3
@@ -220,7 +221,7 @@ def measure(run: Run, *, gpu: bool | None) -> Sizes:
     knobs: Method = run.method
     parent = _parent(run)
     if parent is not None or not method_of(knobs).mixes:
-        knobs = fill_slot(bank, run, task_of(parent) if parent else CausalLM(), None, parent)
+        knobs = fill_slot(bank, 0, run, task_of(parent) if parent else CausalLM(), None, parent)
     if method_of(knobs).mixes:
         sites = list(method_of(knobs).sites(knobs, bank.scope))
         trained = trained_parameters(knobs, sites, bank.scope)

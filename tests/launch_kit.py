@@ -18,7 +18,8 @@ import torch
 from orchestrator.config import Run
 from orchestrator.config.load import load_run
 from orchestrator.delta import read_tensors
-from orchestrator.train.worker import Place, work
+from orchestrator.train.setup import Place
+from orchestrator.train.worker import work
 
 ROOT = Path(__file__).parents[1]
 SMALL = (

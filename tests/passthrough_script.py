@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.config import Run
-from orchestrator.train.worker import Place, work
+from orchestrator.train.setup import Place
+from orchestrator.train.worker import work
 from tests.launch_kit import Folder
 
 

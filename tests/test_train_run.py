@@ -18,7 +18,8 @@ from orchestrator.data.demo import demo_records
 from orchestrator.errors import DeltaError, MethodError, TrainError, WrongBaseError
 from orchestrator.launch.train import Outcome, train
 from orchestrator.methods import Bank
-from orchestrator.train.worker import Place, work
+from orchestrator.train.setup import Place
+from orchestrator.train.worker import work
 from tests import tiny
 from tests.launch_kit import Folder, Heard, assert_same_bits, local_ray, small, train_here, weights
 

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from orchestrator.config import Zero
 from orchestrator.delta.tensors import delta_hash
 from orchestrator.train.engine import Engine
-from orchestrator.train.worker import Place, work
+from orchestrator.train.setup import Place
+from orchestrator.train.worker import work
 from tests.launch_kit import Folder, small
 
 

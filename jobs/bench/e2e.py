@@ -112,7 +112,7 @@ def prepare_part(args: argparse.Namespace, out: Path, seed: int) -> None:
     from orchestrator.base import load_base
     from orchestrator.data import prepare
     from orchestrator.methods import Bank
-    from orchestrator.train.worker import total_steps
+    from orchestrator.train.setup import total_steps
 
     os.environ["MANTA_HOME"] = str(out / "home")
     run = load(args, seed)

@@ -198,7 +198,7 @@ def ours(task: dict[str, Any]) -> dict[str, Any]:
     from orchestrator.methods import Bank
     from orchestrator.train.engine import Engine
     from orchestrator.train.loss import causal_lm_loss
-    from orchestrator.train.worker import first_rank_first
+    from orchestrator.train.setup import first_rank_first
 
     zero = Zero(stage=3, persistence_threshold=task["threshold"])
     engine = Engine(zero, stage=3, device=torch.device("cpu"), dtype=torch.float32)
@@ -328,9 +328,9 @@ def losses_of(task: dict[str, Any]) -> dict[str, Any]:
     from orchestrator.methods import Bank
     from orchestrator.train.engine import Engine
     from orchestrator.train.loss import causal_lm_loss
+    from orchestrator.train.setup import first_rank_first
     from orchestrator.train.step import Layout, Stepper
     from orchestrator.train.trial import Trial
-    from orchestrator.train.worker import first_rank_first
 
     engine = Engine(Zero(stage=3), stage=3, device=torch.device("cpu"), dtype=torch.float32)
     base = load_base(Base(id="demo"), sharder=engine.sharder)

@@ -3,7 +3,7 @@
 from orchestrator.data.batch import IGNORE, NO_SLOT, Batch, Sample
 from orchestrator.data.counts import Report
 from orchestrator.data.order import SampleSource
-from orchestrator.data.packing import Row, collate, deal, pack
+from orchestrator.data.packing import Row, collate, deal, deal_by_tokens, pack
 from orchestrator.data.prepare import Prepared, prepare
 from orchestrator.data.render import Renderer, render, truncate
 
@@ -19,6 +19,7 @@ __all__ = [
     "SampleSource",
     "collate",
     "deal",
+    "deal_by_tokens",
     "pack",
     "prepare",
     "render",

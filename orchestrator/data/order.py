@@ -6,6 +6,7 @@ A streamed set is shuffled window by window: its cursor is where the window bega
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any, Protocol, overload
 
@@ -84,6 +85,22 @@ class Shuffled:
         self._position = 0
         self._epoch: tuple[int, list[Indices]] | None = None
         self._passes: dict[int, tuple[int, Indices]] = {}
+
+    def fresh(self) -> "Shuffled":
+        """The same order from its start, on the same stores."""
+        made = copy(self)
+        made._position, made._epoch, made._passes = 0, None, {}
+        return made
+
+    @property
+    def stores(self) -> list[Store]:
+        """Where the samples are."""
+        return self._held.stores
+
+    @property
+    def position(self) -> int:
+        """Samples taken."""
+        return self._position
 
     @property
     def size(self) -> int:

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens.
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from orchestrator.data.batch import IGNORE, Batch, Sample
 from orchestrator.errors import DataError
 
 _MULTIPLE = 8  # widths that kernels like
+_WORTH = 1024
+"""Tokens of padding that a pass of its own is worth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,17 +88,37 @@ def deal(rows: Sequence[Row], *, rank: int, ranks: int, rows_per_pass: int, pad_
     """
     order = sorted(rows, key=lambda r: -r.size)
     passes = -(-len(order) // (ranks * rows_per_pass))
-    batches = []
-    for p in range(passes):
-        group = order[len(order) * p // passes : len(order) * (p + 1) // passes]
-        mine = []
-        for turn, start in enumerate(range(0, len(group), ranks)):
-            # There and back again, so that the largest rows do not all go to the first rank.
-            place = start + (rank if turn % 2 == 0 else ranks - 1 - rank)
-            mine += group[place : place + 1]
-        empty = Row(group[0].slot, [], group[0].virtual, group[0].offset)
-        batches.append(collate(mine or [empty], pad_id=pad_id))
-    return batches
+    cuts = [len(order) * p // passes for p in range(passes + 1)]
+    groups = [order[begin:end] for begin, end in pairwise(cuts)]
+    return [_dealt(group, rank=rank, ranks=ranks, pad_id=pad_id) for group in groups]
+
+
+def deal_by_tokens(rows: Sequence[Row], *, rank: int, ranks: int, tokens: int, pad_id: int) -> list[Batch]:
+    """The same, in passes of at most ``tokens`` tokens on each rank, padding included; a longer row is one alone.
+
+    Rows of less than half a pass's width begin a pass of their own, where that saves more than a short one costs.
+    """
+    groups: list[list[Row]] = []
+    order = sorted(rows, key=lambda r: -r.size)
+    for place, row in enumerate(order):
+        group = groups[-1] if groups else []
+        width = _width(group[0].size) if group else 0
+        most = max(1, tokens // width) * ranks if group else 0
+        left = min(most - len(group), len(order) - place)
+        if len(group) >= most or (2 * row.size <= width and left * (width - row.size) > _WORTH * ranks):
+            groups.append([])
+        groups[-1].append(row)
+    return [_dealt(group, rank=rank, ranks=ranks, pad_id=pad_id) for group in groups]
+
+
+def _dealt(group: Sequence[Row], *, rank: int, ranks: int, pad_id: int) -> Batch:
+    """One rank's share of a pass."""
+    mine: list[Row] = []
+    for turn, start in enumerate(range(0, len(group), ranks)):
+        # There and back again, so that the largest rows do not all go to the first rank.
+        place = start + (rank if turn % 2 == 0 else ranks - 1 - rank)
+        mine += group[place : place + 1]
+    return collate(mine or [Row(group[0].slot, [], group[0].virtual, group[0].offset)], pad_id=pad_id)
 
 
 def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
@@ -103,12 +126,17 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
 
     Padding is a segment of its own, with the row's slot, and no targets.
     """
-    width = max(-(-max(r.size for r in rows) // _MULTIPLE), 1) * _MULTIPLE
+    width = _width(max(r.size for r in rows))
     columns = np.empty((len(fields(Batch)), len(rows), width), dtype=np.int64)
     tokens_BT, labels_BT, slot_BT, segment_BT, position_BT, sample_BT = columns
     tokens_BT[:], labels_BT[:], sample_BT[:] = pad_id, IGNORE, -1
+    made: dict[tuple[int, int, int], int] = {}
     for b, row in enumerate(rows):
+        same = made.setdefault((id(row.samples), row.virtual, row.offset), b)
+        columns[:, b] = columns[:, same]  # slots that read the same samples share their rows
         slot_BT[b] = row.slot
+        if same != b:
+            continue
         at = 0
         for number, sample in enumerate(row.samples):
             begin, at = at, at + row.virtual + len(sample.tokens)
@@ -119,6 +147,10 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
         segment_BT[b, at:] = len(row.samples)
         position_BT[b, at:] = np.arange(row.offset, row.offset + width - at)
     return Batch(*torch.from_numpy(columns).unbind())
+
+
+def _width(size: int) -> int:
+    return max(-(-size // _MULTIPLE), 1) * _MULTIPLE
 
 
 def _labels(sample: Sample) -> NDArray[np.int64]:

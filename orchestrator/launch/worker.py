@@ -122,7 +122,8 @@ def _work(config: dict[str, Any], mailbox: Any) -> None:
     import torch
     from ray.train.torch import get_device
 
-    from orchestrator.train.worker import Place, work
+    from orchestrator.train.setup import Place
+    from orchestrator.train.worker import work
 
     if config["threads"]:
         torch.set_num_threads(config["threads"])

@@ -87,7 +87,7 @@ class Bank:
         if slot in self._slots or slot < 0:
             raise MethodError(f"slot {slot} is {'taken' if slot >= 0 else 'negative'}")
         method = method_of(knobs)
-        if self._slots and (self._foreign() or not method.mixes):
+        if self._slots and (self.unstacked() or not method.mixes):
             raise MethodError("a slot of the peft library's own modules stands alone: no other slot beside it")
         if not method.mixes:
             self._add_foreign(slot, method, knobs, seed, tensors, task)
@@ -113,6 +113,7 @@ class Bank:
         gone = self._slots.pop(slot)
         if gone.foreign:
             gone.foreign.remove()
+            self._wiring.version += 1
         for part in gone.parts:
             for site in [*part.own, *part.shared]:
                 here = self._wiring.sites.get(site, {}).get(part.key(site))
@@ -130,7 +131,7 @@ class Bank:
         """Change a slot's size; its function stays, where the new size can hold it."""
         part = self._slots[slot].parts[0]
         new = Part.of(method_of(knobs), knobs, self.scope)
-        if new.method is not part.method or new.sites != part.sites or self._foreign():
+        if new.method is not part.method or new.sites != part.sites or self.unstacked():
             raise MethodError("a slot keeps its method and targets when it is resized; remove it and add another")
         seed = self._slots[slot].seed
         for site in part.own:
@@ -213,7 +214,7 @@ class Bank:
     def parameters(self, slot: int) -> dict[str, nn.Parameter]:
         """What of a slot is trained, ``<site>.<name>``; the same objects for the slot's life, for an optimizer."""
         own = {name: stack.views[slot] for name, stack in self._own_stacks(slot) if slot in stack.views}
-        return {**own, **self._foreign(slot)}
+        return {**own, **self.unstacked(slot)}
 
     def lr_ratios(self, slot: int) -> dict[str, float]:
         """Learning rate of each trained tensor over that of the run."""
@@ -224,7 +225,7 @@ class Bank:
             for name, stack in self._wiring.sites[site][part.key(site)].stacks.items()
             if slot in stack.views
         }
-        return {**own, **dict.fromkeys(self._foreign(slot), 1.0)}
+        return {**own, **dict.fromkeys(self.unstacked(slot), 1.0)}
 
     def windows(self, slot: int) -> dict[str, Tensor]:
         """A slot's whole tensors, trained or not, in place."""
@@ -245,12 +246,12 @@ class Bank:
             for name, stack in here.stacks.items()
             if not here.borrowed and stack.leaf is not None and stack.leaf.requires_grad
         }
-        return {**own, **self._foreign()}
+        return {**own, **self.unstacked()}
 
     def leaves_of(self, slot: int) -> dict[str, Tensor]:
         """The leaf that holds each of a slot's trained tensors, named as in ``parameters``."""
         own = {n: s.leaf for n, s in self._own_stacks(slot) if slot in s.views and s.leaf is not None}
-        return {**own, **self._foreign(slot)}
+        return {**own, **self.unstacked(slot)}
 
     def stacks(self) -> Iterator[tuple[Stack, dict[int, float]]]:
         """The stacks with something trained in them, and each slot's learning rate there over that of its run."""
@@ -259,6 +260,11 @@ class Bank:
                 for name, stack in () if here.borrowed else here.stacks.items():
                     if stack.views:
                         yield stack, {slot: here.method.lr_ratio(knobs, name) for slot, knobs in here.knobs.items()}
+
+    def unstacked(self, slot: int | None = None) -> dict[str, nn.Parameter]:
+        """The trained tensors that are in no stack, of one slot or of all."""
+        slots = self._slots.values() if slot is None else [self._slots[slot]]
+        return {n: p for here in slots if here.foreign for n, p in here.foreign.parameters.items()}
 
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
@@ -277,7 +283,7 @@ class Bank:
             return
         for stack in self._stacks():
             stack.zero_grad()
-        for parameter in self._foreign().values():
+        for parameter in self.unstacked().values():
             parameter.grad = None
 
     @property
@@ -289,6 +295,10 @@ class Bank:
         """Whether a training pass of this slot does the same work each time: no dropout, none of peft's modules."""
         here = self._slots[slot]
         return here.foreign is None and not any(part.method.dropout(part.knobs) for part in here.parts)
+
+    def rechooses(self, slot: int) -> bool:
+        """Whether ``rechoose`` may do something."""
+        return any(part.rechooses for part in self._slots[slot].parts)
 
     @contextmanager
     def routed(
@@ -349,11 +359,7 @@ class Bank:
             foreign.remove()
             raise
         self._slots[slot] = Slot(seed, task, [Part(method, foreign.knobs, {}, {})], foreign)
-
-    def _foreign(self, slot: int | None = None) -> dict[str, nn.Parameter]:
-        """The trained tensors that are in no stack, of one slot or of all."""
-        slots = self._slots.values() if slot is None else [self._slots[slot]]
-        return {n: p for here in slots if here.foreign for n, p in here.foreign.parameters.items()}
+        self._wiring.version += 1
 
     def _fill(self, slot: int, part: Part, seed: int, values: Mapping[str, Tensor]) -> None:
         sites = self._wiring.sites

@@ -32,6 +32,11 @@ class Part:
         """Sites with tensors of their own."""
         return [s for s in self.sites if s not in self.shared]
 
+    @property
+    def rechooses(self) -> bool:
+        """Whether its method has a choice that it may make anew."""
+        return type(self.method).rechosen is not Method.rechosen
+
     def key(self, site: str) -> str:
         """What it is known by at a site; slots may differ in where they hook in."""
         return f"{self.method.name}.{self.sites[site]}"

@@ -43,7 +43,7 @@ class Stack:
     def value(self, slot: int) -> Tensor:
         """A slot's whole tensor, a view."""
         assert self.leaf is not None
-        return _window(self.leaf.detach(), self.order.index(slot), self._shapes[slot])
+        return window(self.leaf.detach(), self.order.index(slot), self._shapes[slot])
 
     def _rebuild(self, values: dict[int, Tensor]) -> None:
         self._handed = None
@@ -55,11 +55,11 @@ class Stack:
         leaf = like.new_zeros((len(self.order), *shape))
         for row, slot in enumerate(self.order):
             self._shapes[slot] = tuple(values[slot].shape)
-            _window(leaf, row, self._shapes[slot]).copy_(values[slot])
+            window(leaf, row, self._shapes[slot]).copy_(values[slot])
             part = self._parts[slot]
             if part is None:
                 continue
-            view = _window(leaf, row, part)
+            view = window(leaf, row, part)
             if slot in self.views:
                 self.views[slot].data = view
             else:
@@ -74,7 +74,7 @@ class Stack:
         if self.leaf.grad is self._handed:  # kept from the last step, and so are its windows
             return
         for slot, view in self.views.items():
-            view.grad = _window(self.leaf.grad, self.order.index(slot), tuple(view.shape))
+            view.grad = window(self.leaf.grad, self.order.index(slot), tuple(view.shape))
         self._handed = self.leaf.grad
 
     def zero_grad(self) -> None:
@@ -86,10 +86,11 @@ class Stack:
             view.grad = None
 
 
-def _window(leaf: Tensor, row: int, shape: Shape) -> Tensor:
-    window = leaf[row]
-    if window.shape == shape:
-        return window
+def window(leaf: Tensor, row: int, shape: Shape) -> Tensor:
+    """The leading part of a row, in place."""
+    part = leaf[row]
+    if part.shape == shape:
+        return part
     for dim, size in enumerate(shape):
-        window = window.narrow(dim, 0, size)
-    return window
+        part = part.narrow(dim, 0, size)
+    return part

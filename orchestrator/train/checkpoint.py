@@ -15,7 +15,7 @@ from torch import Tensor
 from orchestrator.delta import Delta, load_delta, read_tensors, write_tensors
 from orchestrator.errors import CheckpointError
 
-SCHEMA = 1
+SCHEMA = 2
 STATE = "state.json"
 
 

@@ -149,28 +149,64 @@ def predict(
         samples: the texts.
         logits: whether to keep all logits: N times C numbers.
     """
-    engine = stepper.engine
-    task = classifier.bank.task(slot)
-    assert isinstance(task, Classification)
-    count, labels = len(samples), len(task.labels or ())
+    return predict_all(stepper, classifier, {slot: samples}, logits=logits)[slot]
+
+
+def predict_all(
+    stepper: Stepper, classifier: Classifier, samples: Mapping[int, Sequence[Sample]], *, logits: bool = False
+) -> dict[int, Predictions]:
+    """The same for the texts of several slots, in shared passes."""
+    engine, bank = stepper.engine, classifier.bank
+    labels = {slot: _labels(bank, slot) for slot in samples}
+    first, count = {}, 0
+    for slot, own in samples.items():
+        first[slot], count = count, count + len(own)
     predicted_N = torch.zeros(count, dtype=torch.long, device=engine.device)
     loss_N = torch.zeros(count, dtype=torch.float64, device=engine.device)
-    logits_NC = torch.zeros(count, labels, device=engine.device) if logits else None
-    numbered = [replace(sample, key=number) for number, sample in enumerate(samples)]
-    for batch in stepper.deal({slot: numbered}):
-        with torch.no_grad(), stepper.bank.routed(batch.slot_BT, position_BT=batch.position_BT):
+    logits_NC = torch.zeros(count, max(labels.values()), device=engine.device) if logits else None
+    for batch in stepper.deal(_numbered(samples)):
+        with torch.no_grad(), bank.routed(batch.slot_BT, position_BT=batch.position_BT):
             scored = classifier.score(stepper.model, batch.to(engine.device))
         losses_P = nn.functional.cross_entropy(scored.logits_PC, scored.label_P, reduction="none")
-        loss_N[scored.sample_P] = losses_P.double()
         if len(scored.sample_P):
-            predicted_N[scored.sample_P] = scored.logits_PC.argmax(1)
+            at_P = scored.sample_P + _lookup(first, scored.slot_P)
+            loss_N[at_P] = losses_P.double()
+            predicted_N[at_P] = scored.logits_PC.argmax(1)
             if logits_NC is not None:
-                logits_NC[scored.sample_P] = scored.logits_PC[:, :labels]
+                width = min(logits_NC.shape[1], scored.logits_PC.shape[1])
+                logits_NC[at_P, :width] = scored.logits_PC[:, :width]
     # A text was on one rank; the others hold zeros for it.
     for value in (predicted_N, loss_N, *(() if logits_NC is None else (logits_NC,))):
         engine.sum_(value)
-    label_N = torch.tensor([sample.label for sample in samples])
-    return Predictions(predicted_N.cpu(), label_N, loss_N.cpu(), None if logits_NC is None else logits_NC.cpu())
+    found = {}
+    for slot, own in samples.items():
+        mine = slice(first[slot], first[slot] + len(own))
+        kept = None if logits_NC is None else logits_NC[mine, : labels[slot]].cpu()
+        label_N = torch.tensor([sample.label for sample in own])
+        found[slot] = Predictions(predicted_N[mine].cpu(), label_N, loss_N[mine].cpu(), kept)
+    return found
+
+
+def _labels(bank: Bank, slot: int) -> int:
+    task = bank.task(slot)
+    assert isinstance(task, Classification)
+    return len(task.labels or ())
+
+
+def _numbered(samples: Mapping[int, Sequence[Sample]]) -> dict[int, list[Sample]]:
+    """Each sample numbered by its place; slots of one set keep sharing it."""
+    made: dict[int, list[Sample]] = {}
+    for own in samples.values():
+        if id(own) not in made:
+            made[id(own)] = [replace(sample, key=number) for number, sample in enumerate(own)]
+    return {slot: made[id(own)] for slot, own in samples.items()}
+
+
+def _lookup(values: Mapping[int, int], slot_P: Tensor) -> Tensor:
+    """Each slot's value [P]."""
+    table = torch.zeros(max(values) + 1, dtype=torch.long)
+    table[list(values)] = torch.tensor(list(values.values()))
+    return table.to(slot_P.device)[slot_P]
 
 
 def evaluator(stepper: Stepper, classifier: Classifier) -> Evaluate:
@@ -178,8 +214,7 @@ def evaluator(stepper: Stepper, classifier: Classifier) -> Evaluate:
 
     def evaluate(samples: Mapping[int, Sequence[Sample]]) -> dict[int, dict[str, float]]:
         found = {}
-        for slot, mine in samples.items():
-            said = predict(stepper, classifier, slot, mine)
+        for slot, said in predict_all(stepper, classifier, samples).items():
             measured = classification_metrics(said.label_N.tolist(), said.predicted_N.tolist())
             found[slot] = {"eval_loss": float(said.loss_N.mean()), **measured}
         return found

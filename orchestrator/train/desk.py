@@ -39,8 +39,20 @@ class Orders:
 
 
 Event = tuple[str, str, dict[str, Any]]
-"""Trial, kind and values. Kinds: ``joined``, ``step``, ``eval``, ``saved``, ``ended`` (``why`` of ``ENDINGS``,
-``reason`` of a failure), and ``left`` (put back into the queue, not ended). Of a pack itself: the trial is empty."""
+"""Trial, kind and values. The kinds:
+
+- ``joined``: ``step`` it goes on from, ``total`` steps, ``parameters`` trained (a head of its own not counted),
+  ``memory`` in bytes that its tensors, gradients and moments take, ``latency`` in seconds that it adds to a forward
+  pass of one short row;
+- ``step``: ``step``, ``total``, ``loss``, ``grad_norm``, ``lr``, ``tokens`` so far, ``skipped_steps``,
+  ``seconds_per_step`` (of all trials together);
+- ``eval``: ``step``, the metrics, ``best_step``;
+- ``saved``: ``step`` of the checkpoint;
+- ``ended``: ``why`` (of ``ENDINGS``), ``reason`` of a failure, ``step``, ``metrics``, ``tokens``;
+- ``left``: put back into the queue, not ended; ``step``, ``reason``;
+- ``warning``: ``text``.
+
+Of a pack itself the trial is empty: ``plan``, ``loaded``, ``warning``."""
 
 
 @dataclass
@@ -49,6 +61,8 @@ class _Pack:
     held: dict[str, Lease] = field(default_factory=dict)
     capacity: int | None = None
     """Most slots, where memory has shown it."""
+    tokens: int | None = None
+    """Most tokens of a pass, where memory has shown it."""
 
 
 class Desk:
@@ -86,8 +100,14 @@ class Desk:
         """A pack's workers have started: what its last ones held queues again, first. Returns its known capacity."""
         self._put_back(pack)
         before = self._packs.get(pack)
-        self._packs[pack] = _Pack(lane, capacity=before.capacity if before else None)
+        self._packs[pack] = _Pack(lane)
+        if before:
+            self._packs[pack].capacity, self._packs[pack].tokens = before.capacity, before.tokens
         return self._packs[pack].capacity
+
+    def tokens(self, pack: str) -> int | None:
+        """Most tokens of a pass that its memory holds, where that is known."""
+        return self._packs[pack].tokens
 
     def gone(self, pack: str) -> None:
         """A pack will not come back."""
@@ -116,9 +136,12 @@ class Desk:
                 self._queues.setdefault(lease.lane, deque()).appendleft(lease)
             self._events.append((trial, kind, dict(values)))
 
-    def shrink(self, pack: str, capacity: int) -> None:
-        """A pack ran out of memory: it takes no more than ``capacity`` slots from now on, also after a restart."""
-        self._packs[pack].capacity = max(1, capacity)
+    def shrink(self, pack: str, capacity: int, tokens: int | None = None) -> None:
+        """A pack ran out of memory: no more than ``capacity`` slots, and ``tokens`` tokens of a pass, from now on.
+
+        Also after a restart.
+        """
+        self._packs[pack].capacity, self._packs[pack].tokens = max(1, capacity), tokens
 
     # -- the driver's side
 

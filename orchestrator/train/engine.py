@@ -132,6 +132,20 @@ class Engine:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
 
+    def share(self, text: str | None) -> str | None:
+        """The first rank's text, on every rank; of none only that there is none."""
+        if self.ranks == 1:
+            return text
+        said = b"" if text is None else text.encode()
+        length = self.most(len(said))
+        if not length:
+            return None
+        value = torch.zeros(length, dtype=torch.uint8, device=self.device)
+        if self.rank == 0:
+            value.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
+        dist.broadcast(value, 0)
+        return bytes(value.tolist()).decode()
+
     def same(self, what: str, digest: str) -> None:
         """Refuse ranks that read different things.
 

@@ -25,39 +25,40 @@ from orchestrator.train.engine import Engine
 from orchestrator.train.loss import plain_loss
 from orchestrator.train.step import Loss
 
-_SLOT = 0
-
 
 @contextmanager
-def first_loss(bank: Bank, model: Any, knobs: Method, task: Task, *, seed: int, encoder: bool) -> Iterator[Loss]:
+def first_loss(
+    bank: Bank, model: Any, knobs: Method, task: Task, *, seed: int, encoder: bool, slot: int = 0
+) -> Iterator[Loss]:
     """The loss that a run starts with, for ``fisher``: of next tokens, or of labels under the head's start value.
 
     The head needs a slot, so the method is in it meanwhile, with whatever places: nothing is added at them yet.
 
     Args:
-        bank: empty; it is so again afterwards.
+        bank: around the base.
         model: what the engine started; the bare transformer for a classification.
         knobs: the run's method, one that starts as the base.
         task: the run's, labels included.
         seed: that the slot will have.
         encoder: whether the base reads both ways.
+        slot: an empty one; it is so again afterwards.
     """
     if not isinstance(task, Classification):
         yield lambda _, batch: plain_loss(model, batch)
         return
     blind = {site: torch.zeros(()).expand(shape) for site, shape in bank.scope.linears.items()}
-    bank.add(_SLOT, knobs, seed=seed, task=task, importance=blind)
+    bank.add(slot, knobs, seed=seed, task=task, importance=blind)
     classifier = Classifier(bank, encoder=encoder, packed=False)
 
     def of_labels(_: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        mine = replace(batch, slot_BT=torch.full_like(batch.slot_BT, _SLOT))
+        mine = replace(batch, slot_BT=torch.full_like(batch.slot_BT, slot))
         with bank.routed(mine.slot_BT, position_BT=mine.position_BT, sample_BT=mine.sample_BT):
             return classifier(model, mine)
 
     try:
         yield of_labels
     finally:
-        bank.remove(_SLOT)
+        bank.remove(slot)
 
 
 def fisher(

@@ -37,8 +37,8 @@ def probe(model: Any, bank: Bank, slot: int, device: torch.device, *, quantized:
             of a mixture-of-experts model are kept by torch's own matmul; that trains, in more memory.)
     """
     one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
-    alone = _batch(bank, slot, [two], device)
-    packed = _batch(bank, slot, [one, two], device)
+    alone = short_row(bank, slot, [two], device)
+    packed = short_row(bank, slot, [one, two], device)
     alive = _gathered_alive(model, bank, alone, quantized, plain_loss)
     with torch.no_grad():
         want = _losses(model, bank, alone, plain_loss)
@@ -59,10 +59,10 @@ def probe_classifier(
     packs = not encoder or takes_blocks(model)
     loss = Classifier(bank, encoder=encoder, packed=packs)
     one, two = ([(7 * i + start) % vocabulary for i in range(_LENGTH)] for start in (3, 5))
-    alone, packed = (_batch(bank, slot, rows, device, label=0) for rows in ([two], [one, two]))
+    alone, packed = (short_row(bank, slot, rows, device, label=0) for rows in ([two], [one, two]))
     alive = _gathered_alive(model, bank, alone, quantized, loss)
     with torch.no_grad():
-        one_row = _batch(None, slot, [two], device, label=0)
+        one_row = short_row(None, slot, [two], device, label=0)
         plain = model(input_ids=one_row.tokens_BT).last_hidden_state
         reader = Reader(model, encoder=encoder, packed=packs)
         ours, _ = reader(one_row.tokens_BT, one_row.position_BT, one_row.segment_BT, one_row.sample_BT < 0, None)
@@ -79,9 +79,10 @@ def _pooled(model: Any, bank: Bank, batch: Batch, loss: Classifier) -> torch.Ten
         return loss.pool(model, batch)
 
 
-def _batch(
+def short_row(
     bank: Bank | None, slot: int, rows: list[list[int]], device: torch.device, label: int | None = None
 ) -> Batch:
+    """One row of some sequences, all of whose tokens are targets; with a label, texts to classify."""
     samples = [Sample(tokens, [True] * len(tokens), key, label) for key, tokens in enumerate(rows)]
     made = collate([Row(slot, samples, *(bank.lead(slot) if bank else ()))], pad_id=0)
     return replace(made.to(device), slot_BT=made.slot_BT)

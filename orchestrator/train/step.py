@@ -66,13 +66,20 @@ class Stepper:
         self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]
     ) -> Callable[[], dict[int, float]]:
         """The same, but for the losses: they come when they are asked for, which waits for the device."""
+        losses = self.gradients(samples, steps)
+        self.bank.hand_out_gradients()
+        return losses
+
+    def gradients(
+        self, samples: Mapping[int, Sequence[Sample]], steps: Mapping[int, int]
+    ) -> Callable[[], dict[int, float]]:
+        """The same, with the gradients in the bank's leaves alone."""
         if self._seen != (now := (self.bank.version, tuple(samples))):
             self.engine.forget_order()
             self._seen = now
         self.bank.zero_grad(keep=self.graphs is not None and self.graphs.on)
         sum_S = self._run(samples, steps)
         self.engine.sum_gradients(self.bank.leaves())
-        self.bank.hand_out_gradients()
         return lambda: _means(samples, sum_S)
 
     def evaluate(self, samples: Mapping[int, Sequence[Sample]]) -> dict[int, dict[str, float]]:
@@ -103,13 +110,17 @@ class Stepper:
                 self.engine.alike(self.model) if deep else nullcontext(),
                 self.bank.routed(batch.slot_BT, position_BT=batch.position_BT, sample_BT=batch.sample_BT, steps=steps),
             ):
-                losses_N, slot_N = self.loss(self.model, batch.to(device))
+                losses_N, slot_N = self.loss_of(batch)(self.model, batch.to(device))
                 index_N = place[slot_N]
                 sum_S.index_add_(0, index_N, losses_N.detach().double())
                 if steps is not None:
                     (losses_N * weight_S[index_N]).sum().backward()  # type: ignore[no-untyped-call]
                 del losses_N  # recording a graph needs leaves that no earlier pass still hangs on
         return self.engine.sum_(sum_S)
+
+    def loss_of(self, batch: Batch) -> Loss:
+        """That of a micro-batch; on the CPU."""
+        return self.loss
 
     def deal(self, samples: Mapping[int, Sequence[Sample]]) -> list[Batch]:
         """This rank's micro-batches of everyone's samples; each rank has as many."""

@@ -30,6 +30,12 @@ def prepare_run(run: Run, tokenizer: Any, parent: Delta | None) -> Prepared:
     return prepare(run.data, tokenizer, seed=run.train.seed, task=task, longest=_longest(run, parent))
 
 
+def data_key(run: Run) -> list[Any]:
+    """What a fresh run's samples and their order depend on (JSON)."""
+    dumped = run.model_dump(mode="json", include={"data", "task"})
+    return [dumped, run.train.seed, _longest(run, None)]
+
+
 def _longest(run: Run, parent: Delta | None) -> int | None:
     return longest_text(run.base, run.method if parent is None else knobs_of(parent)) if uses_encoder(run) else None
 

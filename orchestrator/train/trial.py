@@ -18,6 +18,14 @@ PATIENCE = 5
 """Non-finite steps in a row after which a trial has diverged."""
 
 
+def diverged(step: int) -> str:
+    """What is said of a trial whose patience is at its end."""
+    return (
+        f"the loss or its gradient was not finite {PATIENCE} times in a row, up to step {step}; "
+        "lower train.lr, or look at the data of these steps"
+    )
+
+
 class Trial:
     """Training state of one slot."""
 
@@ -65,10 +73,7 @@ class Trial:
             self.bad_steps += 1
             self.bad_in_row += 1
             if self.bad_in_row >= PATIENCE:
-                raise TrainError(
-                    f"the loss or its gradient was not finite {PATIENCE} times in a row, up to step {self.step}; "
-                    "lower train.lr, or look at the data of these steps"
-                )
+                raise TrainError(diverged(self.step))
             return {"grad_norm": norm, "lr": 0.0}
         self.bad_in_row = 0
         if self.train.clip and norm > self.train.clip and (grads := self._grads()):

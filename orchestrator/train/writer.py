@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from orchestrator.config import Identity, Method, Run, Task
-from orchestrator.delta import new_manifest, save_delta
-from orchestrator.methods import Scope, to_files
+from orchestrator.data import Prepared
+from orchestrator.delta import Delta, new_manifest, save_delta
+from orchestrator.methods import Bank, Scope, to_files
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,30 @@ class DeltaWriter:
     parameters: int
     data_digest: str
     parent: str | None
+
+    @classmethod
+    def of(
+        cls,
+        run: Run,
+        identity: Identity,
+        bank: Bank,
+        slot: int,
+        knobs: Method,
+        data: Prepared,
+        parent: Delta | None = None,
+    ) -> "DeltaWriter":
+        """Of a slot that has been filled."""
+        return cls(
+            run=run.model_copy(update={"task": data.task}),
+            identity=identity,
+            scope=bank.scope,
+            sites=bank.sites(slot),
+            knobs=knobs,
+            task=data.task,
+            parameters=sum(p.numel() for p in bank.parameters(slot).values()),
+            data_digest=data.digest,
+            parent=parent.sha256 if parent else None,
+        )
 
     @property
     def name(self) -> str:
