@@ -21,8 +21,8 @@ def main(
     out: str,
     shared: list[str],
     trials: dict[str, list[str]],
-    at: dict[str, int],
-    until: dict[str, int],
+    at: dict[str, int] | None = None,
+    until: dict[str, int] | None = None,
     full: int | None = None,
     slots: int = 8,
 ) -> None:

@@ -92,10 +92,15 @@ class Door:
             DataError: its records are bad.
             TrainError: the ranks read different data.
         """
-        run = Run.model_validate(given)
-        self._check(run)
-        data = first_rank_first(self.ground.engine, lambda: self.shelf.prepared(run))
-        self.ground.engine.same("data", data.digest)
+        engine = self.ground.engine
+
+        def read() -> tuple[Run, Prepared]:
+            run = Run.model_validate(given)
+            self._check(run)
+            return run, self.shelf.prepared(run)
+
+        run, data = engine.agree(lambda: first_rank_first(engine, read))
+        engine.same("data", data.digest)
         return run, data
 
     def admit(self, trial: str, slot: int, run: Run, data: Prepared, restored: Restored | None) -> Member:
