@@ -44,6 +44,7 @@ LEAVES = (
     "plan",
     "cli_tune",
     "leaderboard",
+    "tell_search",
     "chat",
     "doctor",
     "quickstart",

@@ -44,8 +44,7 @@ def test_a_command_of_the_readme_is_one(command: list[str], tmp_path: Path, monk
     elif command[0] == "ray":
         at = command.index("python")
         assert Path(command[at + 1]).is_file()
-        read = load_serving if "serve" in command[at + 1] else load_run
-        read(*split(command[at + 2 :]))
+        LOADS[Path(command[at + 1]).stem](*split(command[at + 2 :]))
     elif command[0] == "manta" and command[1] in LOADS:
         rest, options = words(command)
         Path(tmp_path, "my.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

@@ -3,6 +3,7 @@
 import argparse
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
@@ -46,17 +47,30 @@ class Theirs:
 
     def measure(self, args: argparse.Namespace, text: str) -> dict[str, Any]:
         """Times, memory and losses of one size."""
-        size, run = Size.of(text), settings(args, text)
-        data = prepare(run.data, load_tokenizer(run.base), seed=run.train.seed)
-        self._restart(size.recompute)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=self.cuda)
+        step, tokens = self.step_of(args, text), Size.of(text).rows * Size.of(text).length
         if self.cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         seconds, losses = [], []
         for _ in range(args.steps):
             begin = time.perf_counter()
+            losses.append(step())
+            seconds.append(time.perf_counter() - begin)
+        return {
+            "tokens_per_s": tokens / statistics.median(seconds[SKIP:]),
+            "gib": torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0,
+            "losses": losses,
+        }
+
+    def step_of(self, args: argparse.Namespace, text: str) -> Callable[[], float]:
+        """From the start values a step of one size, which returns its loss."""
+        size, run = Size.of(text), settings(args, text)
+        data = prepare(run.data, load_tokenizer(run.base), seed=run.train.seed)
+        self._restart(size.recompute)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=self.cuda)
+
+        def step() -> float:
             rows = [Row(0, [sample]) for sample in data.train.take(size.rows)]
             x_BT = collate(rows, pad_id=0).tokens_BT.to(args.device)
             loss = self.model(input_ids=x_BT, labels=x_BT).loss
@@ -64,13 +78,9 @@ class Theirs:
             torch.nn.utils.clip_grad_norm_(trained, run.train.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-            seconds.append(time.perf_counter() - begin)
-        return {
-            "tokens_per_s": x_BT.numel() / statistics.median(seconds[SKIP:]),
-            "gib": torch.cuda.max_memory_allocated() / 2**30 if self.cuda else 0.0,
-            "losses": losses,
-        }
+            return float(loss.item())
+
+        return step
 
     def _restart(self, recompute: bool) -> None:
         state = {f"base_model.model.{n.replace('.weight', '.default.weight')}": t for n, t in self.start.items()}

@@ -104,12 +104,12 @@ def prepared(args: argparse.Namespace, chosen: Set, tokenizer: Any, seed: int) -
     if chosen.dev is not None:
         data = Data(train=(source,), eval=(Source(path=str(args.data / f"{chosen.dev}.jsonl")),), length=chosen.length)
         return prepare(data, tokenizer, seed=seed, task=chosen.task)
-    train, dev = _split(args, chosen)
+    train, dev = split(args, chosen)
     data = Data(train=(Source(path=str(train)),), eval=(Source(path=str(dev)),), length=chosen.length)
     return prepare(data, tokenizer, seed=seed, task=chosen.task)
 
 
-def _split(args: argparse.Namespace, chosen: Set) -> tuple[Path, Path]:
+def split(args: argparse.Namespace, chosen: Set) -> tuple[Path, Path]:
     """A tenth of the training records, drawn once, is the dev split."""
     lines = (args.data / f"{chosen.train}.jsonl").read_text().splitlines()
     order = np.random.default_rng(0).permutation(len(lines))
@@ -143,7 +143,7 @@ def _judge_classes(held: Any, chosen: Set, sets: Any, asked: Sequence[Trial], lo
         if trial.setting not in sizes:
             sizes[trial.setting] = size_of(bank, trial, slot, data.task, base)
         answers = {
-            name: _right(model, bank, slot, samples, base, args) for name, samples in (("dev", dev), ("test", test))
+            name: answered(model, bank, slot, samples, base, args) for name, samples in (("dev", dev), ("test", test))
         }
         log.add(
             trial,
@@ -159,7 +159,7 @@ def _judge_classes(held: Any, chosen: Set, sets: Any, asked: Sequence[Trial], lo
         )
 
 
-def _right(
+def answered(
     model: Any, bank: Bank, slot: int, samples: list[Sample], base: FrozenBase, args: Any
 ) -> np.ndarray[Any, Any]:
     """Which samples a slot gets right."""

@@ -2,13 +2,17 @@
 
 import os
 import platform
+import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
-from orchestrator.config import Run
+from orchestrator.config import Run, Search
 from orchestrator.errors import ClusterError, TrainError
+
+AnyRun = TypeVar("AnyRun", Run, Search)
 
 
 def join(address: str | None = None) -> None:
@@ -60,13 +64,13 @@ def describe(address: str | None = None) -> dict[str, Any]:
     }
 
 
-def uses_gpu(run: Run) -> bool:
+def uses_gpu(run: Run | Search) -> bool:
     """Whether workers get a GPU."""
     asked = run.cluster.gpus_per_worker
     return ray.cluster_resources().get("GPU", 0) > 0 if asked == "auto" else asked == 1
 
 
-def require(run: Run, *, gpu: bool) -> None:
+def require(run: Run | Search, *, gpu: bool) -> None:
     """Refuse at once what would otherwise wait for ever.
 
     Raises:
@@ -95,6 +99,33 @@ def require(run: Run, *, gpu: bool) -> None:
         )
 
 
+def refuse_a_trap() -> None:
+    """A run inside a trial of Ray Tune frees its workers through the dashboard when the trial is stopped. Without one
+    they stay, and after some trials nothing can start any more.
+
+    Raises:
+        ClusterError: this is such a trial, and the dashboard does not answer.
+    """
+    if "ray.tune" not in sys.modules:
+        return
+    from ray import tune
+    from ray.util.state import list_placement_groups
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # outside of a trial Ray warns, and says None
+        trial = tune.get_context().get_trial_id()
+    if not trial:
+        return
+    try:
+        list_placement_groups(limit=1, timeout=5)
+    except Exception as e:
+        raise ClusterError(
+            f"a training run inside the Ray Tune trial {trial} needs Ray's dashboard, which does not answer: stopped "
+            "trials would keep their workers, and the search would hang. Search with `manta tune`, which does not "
+            "nest runs, or start Ray with ray[default] and include_dashboard=True"
+        ) from e
+
+
 def worker_env(*, gpu: bool) -> dict[str, str]:
     """Environment of the workers. No secret: Ray shows it; a node has its own HF_TOKEN, a local one this process's."""
     passed = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "MANTA_HOME", "OMP_NUM_THREADS")
@@ -103,7 +134,7 @@ def worker_env(*, gpu: bool) -> dict[str, str]:
     return env if gpu else env | {"DS_ACCELERATOR": "cpu"}
 
 
-def absolute_paths(run: Run) -> Run:
+def absolute_paths(run: AnyRun) -> AnyRun:
     """The run with local paths made absolute: workers start in another directory."""
 
     def absolute(path: str) -> str:

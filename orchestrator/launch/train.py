@@ -17,12 +17,20 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from orchestrator.config import Run, home
+from orchestrator.config import Cluster, Run, home
 from orchestrator.config.load import apply_overrides
 from orchestrator.delta import FILES, load_delta
 from orchestrator.errors import CheckpointError, ClusterError, ConfigError, MantaError, RegistryError, TrainError
 from orchestrator.launch import ledger
-from orchestrator.launch.cluster import absolute_paths, join, require, restore_error, uses_gpu, worker_env
+from orchestrator.launch.cluster import (
+    absolute_paths,
+    join,
+    refuse_a_trap,
+    require,
+    restore_error,
+    uses_gpu,
+    worker_env,
+)
 from orchestrator.launch.mailbox import open_mailbox
 from orchestrator.launch.storage import as_checkpoint, is_full, rescue
 from orchestrator.launch.worker import train_worker
@@ -32,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Hears every event of the workers."""
-_PATIENCE_S = 4 * 3600
+PATIENCE_S = 4 * 3600
 """A worker waits this long for the first one, which may be tokenizing a large set for all."""
 _METRICS = {
     "step": ("loss", "lr", "grad_norm", "tokens_per_s", "memory_gib", "skipped_steps"),
@@ -93,6 +101,7 @@ def train(
         check_alias(run.tracking.alias)
     parent = _parent(run.train.init_from, registry) if run.train.init_from and not entry else None
     join(address)
+    refuse_a_trap()
     gpu = uses_gpu(run)
     require(run, gpu=gpu)
     entry = entry or _new_entry(run, parent)
@@ -106,9 +115,9 @@ def train(
         why, metrics, checkpoint = _fit(run, entry, tracked, gpu=gpu, listen=listen or (lambda *_: None))
         outcome = _publish(run, entry, registry, tracked, why, metrics, checkpoint)
     except BaseException as e:
-        _finish(tracked, "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
+        finish(tracked, "KILLED" if isinstance(e, KeyboardInterrupt) else "FAILED")
         raise
-    _finish(tracked, "FINISHED" if outcome.complete else "KILLED")
+    finish(tracked, "FINISHED" if outcome.complete else "KILLED")
     return outcome
 
 
@@ -123,13 +132,7 @@ def _elsewhere(run: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 def _new_entry(run: Run, parent: Path | None) -> ledger.Entry:
     run_id = f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    storage = run.cluster.storage or str(home() / "storage")
-    if "://" not in storage:
-        storage = str(Path(storage).expanduser().absolute())
-        try:
-            Path(storage).mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise ClusterError(f"cluster.storage {storage} cannot be written: {e}") from e
+    storage = storage_of(run.cluster)
     start = None
     if parent is not None:
         start = home() / "runs" / f"{run_id}-start"  # outlives the folder it came from
@@ -137,6 +140,22 @@ def _new_entry(run: Run, parent: Path | None) -> ledger.Entry:
     pinned = run.model_dump(mode="json")  # a later version's defaults do not change a run that is under way
     pinned["method"] = run.method.model_dump(mode="json", exclude_unset=start is not None) | {"type": run.method.type}
     return ledger.Entry(run_id, storage, pinned, None, str(start) if start else None)
+
+
+def storage_of(cluster: Cluster) -> str:
+    """Where checkpoints go; a local folder is made.
+
+    Raises:
+        ClusterError: it cannot be.
+    """
+    storage = cluster.storage or str(home() / "storage")
+    if "://" not in storage:
+        storage = str(Path(storage).expanduser().absolute())
+        try:
+            Path(storage).mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ClusterError(f"cluster.storage {storage} cannot be written: {e}") from e
+    return storage
 
 
 def _parent(ref: str, registry: Registry) -> Path:
@@ -153,16 +172,16 @@ def _fit(
     mailbox = open_mailbox()
     workers = run.cluster.workers
     rescued = rescue(entry.storage, entry.id, run.name)
-    trainer = _Trainer(
+    trainer = Trainer(
         train_worker,
         train_loop_config={
-            "run": _without_uri(entry.run),
+            "run": without_uri(entry.run),
             "mailbox": mailbox,
             "start": _files(entry.start),
             "rescued": rescued,
             "threads": 0 if gpu else max(1, int(run.cluster.cpus_per_worker)),
         },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=_PATIENCE_S),
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=PATIENCE_S),
         scaling_config=ScalingConfig(
             num_workers=workers.min if workers.min == workers.max else (workers.min, workers.max),
             use_gpu=gpu,
@@ -191,7 +210,7 @@ def _fit(
                 f"manta train --resume {entry.id}"
             ) from e
         raise TrainError(
-            f"the workers failed: {_reason(e)}. Go on from the last checkpoint with: manta train --resume {entry.id}"
+            f"the workers failed: {reason_of(e)}. Go on from the last checkpoint with: manta train --resume {entry.id}"
         ) from e
     if fatal := ray.get(mailbox.fatal.remote()):
         raise restore_error(*fatal)
@@ -203,7 +222,7 @@ def _fit(
     return why, {k: float(v) for k, v in last.items()}, checkpoint
 
 
-def _without_uri(run: dict[str, Any]) -> dict[str, Any]:
+def without_uri(run: dict[str, Any]) -> dict[str, Any]:
     """Workers do not track, and a URI may hold a password."""
     return {**run, "tracking": {k: v for k, v in run.get("tracking", {}).items() if k != "uri"}}
 
@@ -247,7 +266,7 @@ def _publish(
     return Outcome(entry.id, why, delta, metrics, version, registry.uri)
 
 
-class _Trainer(TorchTrainer):  # type: ignore[misc]
+class Trainer(TorchTrainer):  # type: ignore[misc]
     """Ray's trainer, without its SIGINT handler: that one aborts, ours writes a checkpoint first."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
@@ -306,7 +325,7 @@ def _signals(mailbox: Any) -> Iterator[None]:
         yield
 
 
-def _finish(tracked: TrackedRun, status: str) -> None:
+def finish(tracked: TrackedRun, status: str) -> None:
     """End the MLflow run. A server that is away by now neither costs a delta that is written nor hides an error."""
     try:
         tracked.finish(status)
@@ -314,7 +333,8 @@ def _finish(tracked: TrackedRun, status: str) -> None:
         _log.warning("%s", e)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """The last line of what a worker said."""
     failures = getattr(error, "worker_failures", None)
     inner = next(iter(failures.values()), error) if failures else error
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]

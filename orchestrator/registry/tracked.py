@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Metric, Param
@@ -66,6 +67,14 @@ class TrackedRun:
         try:
             with self._door.reach(f"write parameters of run {self.id}", retries=1, timeout_s=5):
                 self._door.client.log_batch(self.id, params=items, synchronous=True)
+        except RegistryError as error:
+            _log.warning("%s", error)
+
+    def attach(self, path: Path) -> None:
+        """Keep a file beside the run. Never raises: it is not worth a run."""
+        try:
+            with self._door.reach(f"attach {path.name} to run {self.id}", retries=1, timeout_s=30):
+                self._door.client.log_artifact(self.id, str(path))
         except RegistryError as error:
             _log.warning("%s", error)
 

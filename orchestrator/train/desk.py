@@ -73,25 +73,30 @@ class Desk:
         self._packs: dict[str, _Pack] = {}
         self._leaving: set[str] = set()
         self._ended: set[str] = set()
+        self._broken: dict[str, str] = {}
         self._events: list[Event] = []
+        self._parking = False
         self._closed = False
 
     # -- a trial's side
 
     def offer(self, lease: Lease) -> None:
-        """Queue for a slot."""
-        self._ended.discard(lease.trial)
+        """Queue for a slot; a trial that queues already, or is in a slot, stays where it is."""
         self._leaving.discard(lease.trial)
+        if self._waits(lease.trial) or self._pack_of(lease.trial):
+            return
+        self._ended.discard(lease.trial)
+        if reason := self._broken.get(lease.lane):
+            self._end(lease.trial, {"why": "failed", "reason": reason})
+            return
         self._queues.setdefault(lease.lane, deque()).append(lease)
 
     def withdraw(self, trial: str) -> None:
         """The search has stopped the trial: its slot is wanted back."""
-        for queue in self._queues.values():
-            if waiting := [lease for lease in queue if lease.trial == trial]:
-                queue.remove(waiting[0])
-                self._end(trial, {"why": "withdrawn"})
-                return
-        if any(trial in pack.held for pack in self._packs.values()):
+        if lease := self._waits(trial):
+            self._queues[lease.lane].remove(lease)
+            self._end(trial, {"why": "withdrawn"})
+        elif self._pack_of(trial):
             self._leaving.add(trial)
 
     # -- a pack's side
@@ -105,9 +110,10 @@ class Desk:
             self._packs[pack].capacity, self._packs[pack].tokens = before.capacity, before.tokens
         return self._packs[pack].capacity
 
-    def tokens(self, pack: str) -> int | None:
-        """Most tokens of a pass that its memory holds, where that is known."""
-        return self._packs[pack].tokens
+    def limits(self, pack: str) -> tuple[int | None, int | None]:
+        """Most slots, and most tokens of a pass, where its memory has shown them."""
+        here = self._packs.get(pack)
+        return (here.capacity, here.tokens) if here else (None, None)
 
     def gone(self, pack: str) -> None:
         """A pack will not come back."""
@@ -115,19 +121,24 @@ class Desk:
         self._packs.pop(pack, None)
 
     def orders(self, pack: str, free: int) -> Orders:
-        """What to do before the next step; at most ``free`` trials to take in."""
+        """What to do before the next step; at most as many trials to take in as slots are ``free`` or left.
+
+        A pack without work is told to close where another lane waits and has no pack: it may lack the room for one.
+        """
         here = self._packs[pack]
         queue = self._queues.setdefault(here.lane, deque())
-        join = tuple(queue.popleft() for _ in range(min(free, len(queue))))
+        leave = tuple(t for t in here.held if t in self._leaving or self._parking)
+        room = 0 if self._parking else free + len(leave)
+        join = tuple(queue.popleft() for _ in range(min(room, len(queue))))
         here.held.update({lease.trial: lease for lease in join})
-        leave = tuple(trial for trial in here.held if trial in self._leaving)
-        self._leaving.difference_update(leave)
-        return Orders(join, leave, self._closed)
+        return Orders(join, leave, self._closed or self._parking or (not here.held and self._starving()))
 
     def tell(self, pack: str, events: Sequence[tuple[str, str, Mapping[str, Any]]]) -> None:
         """What happened, in order."""
         here = self._packs[pack]
         for trial, kind, values in events:
+            if kind == "ended" and self._parking and values["why"] in ("withdrawn", "failed"):
+                kind, values = "left", {}  # to be gone on with, where what stopped the search may also have failed it
             if kind == "ended":
                 here.held.pop(trial, None)
                 self._end(trial, dict(values))
@@ -154,14 +165,58 @@ class Desk:
         """Packs end, once their last trial has."""
         self._closed = True
 
+    def park(self) -> None:
+        """Packs let all trials go, after a checkpoint each, and end. The trials have not ended: they queue again."""
+        self._parking = True
+
+    def give_up(self, lane: str, reason: str) -> None:
+        """No pack can take the trials of a lane: those that queue, and all that will, have failed."""
+        self._broken[lane] = reason
+        queue = self._queues.setdefault(lane, deque())
+        while queue:
+            self._end(queue.popleft().trial, {"why": "failed", "reason": reason})
+
     def waiting(self) -> dict[str, int]:
         """How many trials queue, by lane."""
         return {lane: len(queue) for lane, queue in self._queues.items() if queue}
 
+    def load(self) -> dict[str, int]:
+        """Of lanes in which trials queue: how many queue there or are in a slot."""
+        held = {lane: sum(len(p.held) for p in self._packs.values() if p.lane == lane) for lane in self._queues}
+        return {lane: count + held[lane] for lane, count in self.waiting().items()}
+
+    def sample(self, lane: str) -> dict[str, Any]:
+        """The config of a trial that queues in a lane, for what all of the lane have in common.
+
+        Raises:
+            LookupError: none does.
+        """
+        return self._queues[lane][0].run
+
+    def broken(self, lane: str) -> str | None:
+        """Why no pack can take the trials of a lane, if none can."""
+        return self._broken.get(lane)
+
+    def _starving(self) -> bool:
+        return bool(self.waiting().keys() - {pack.lane for pack in self._packs.values()})
+
+    def _waits(self, trial: str) -> Lease | None:
+        return next((lease for queue in self._queues.values() for lease in queue if lease.trial == trial), None)
+
+    def _pack_of(self, trial: str) -> _Pack | None:
+        return next((pack for pack in self._packs.values() if trial in pack.held), None)
+
     def _put_back(self, pack: str) -> None:
         if here := self._packs.get(pack):
-            self._queues.setdefault(here.lane, deque()).extendleft(reversed(here.held.values()))
-            here.held = {}
+            lost, here.held = here.held, {}
+            for lease in reversed(lost.values()):
+                if reason := self._broken.get(lease.lane):
+                    self._end(lease.trial, {"why": "failed", "reason": reason})
+                elif lease.trial in self._leaving:
+                    self._end(lease.trial, {"why": "withdrawn"})
+                else:
+                    self._queues.setdefault(here.lane, deque()).appendleft(lease)
+                    self._events.append((lease.trial, "left", {}))
 
     def _end(self, trial: str, values: dict[str, Any]) -> None:
         if trial not in self._ended:

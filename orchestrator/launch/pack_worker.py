@@ -1,0 +1,53 @@
+"""What Ray Train calls on each rank of a pack."""
+
+import os
+from typing import Any
+
+import ray
+import ray.train
+
+from orchestrator.config import Run
+from orchestrator.errors import MantaError, OutOfMemoryError
+from orchestrator.launch.pack_reporter import RayPackReporter
+from orchestrator.launch.trial_store import TrialStore
+
+
+def pack_worker(config: dict[str, Any]) -> None:
+    """One rank. An error that no restart mends goes to the desk: the trials of this lane have failed by it."""
+    desk, lane = config["desk"], config["lane"]
+    if ray.get(desk.over.remote(lane)):
+        return
+    try:
+        _work(config)
+    except OutOfMemoryError:
+        raise  # the desk knows of less room by now, or the restart says the same again
+    except MantaError as e:
+        ray.get(desk.give_up.remote(lane, str(e)))
+        raise
+
+
+def _work(config: dict[str, Any]) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    from ray.train.torch import get_device
+
+    from orchestrator.train.pack import Limits, pack
+    from orchestrator.train.setup import Place
+
+    if config["threads"]:
+        torch.set_num_threads(config["threads"])
+    context = ray.train.get_context()
+    place = Place(
+        rank=context.get_world_rank(),
+        ranks=context.get_world_size(),
+        local_ranks=context.get_local_world_size(),
+        device=get_device(),
+    )
+    desk, name = config["desk"], config["pack"]
+    if place.rank == 0:
+        ray.get(desk.hello.remote(name, config["lane"]))
+    slots, tokens = ray.get(desk.limits.remote(name))
+    limits = Limits(slots=slots or config["slots"], **({"tokens": tokens} if tokens else {}))
+    reporter = RayPackReporter(desk, name, TrialStore(config["store"]))
+    pack(Run.model_validate(config["run"]), place, reporter, limits)
+    reporter.flush()
