@@ -31,7 +31,7 @@ class Bank:
 
     Args:
         model: the loaded base; an empty one will do to look at sizes.
-        device: where the activations are.
+        device: where the activations are; ``meta`` on an empty base to rehearse a pass.
         base_id: name of the base, for the deltas' own configs.
         source: a linear's weight before quantization, for starts that need it.
         encode: token ids of a text, for starts that need them.
@@ -260,6 +260,10 @@ class Bank:
                     if stack.views:
                         yield stack, {slot: here.method.lr_ratio(knobs, name) for slot, knobs in here.knobs.items()}
 
+    def held(self) -> list[Tensor]:
+        """The stacks' tensors, trained or not, and what hooks need beside them."""
+        return self._wiring.held()
+
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
         for stack in self._stacks():
@@ -373,7 +377,8 @@ class Bank:
         for name, value in values.items():
             trained = part.method.trained(part.knobs, name, tuple(value.shape))
             here.stacks.setdefault(name, Stack()).put(slot, self._own(value), trained)
-        constants = {} if self._empty else part.method.constants(part.knobs, here.name, self.scope)
+        sizes_only = self._empty and self.device.type != "meta"
+        constants = {} if sizes_only else part.method.constants(part.knobs, here.name, self.scope)
         for name, value in constants.items():
             here.constants.setdefault(name, Stack()).put(slot, self._own(value), None)
         self._wiring.changed(here.name)
