@@ -121,13 +121,15 @@ def quickstart(
 
 
 @app.command()
-def schema(kind: Annotated[str, typer.Argument(help="run or serving")] = "run") -> None:
-    """Print the JSON Schema of a run or serving file, for editors."""
-    from orchestrator.config.schema import json_schema
+def schema(kind: Annotated[str, typer.Argument(help="run, search or serving")] = "run") -> None:
+    """Print the JSON Schema of a run, search or serving file, for editors."""
+    from orchestrator.config.schema import MODELS, json_schema
 
-    if kind not in ("run", "serving"):
-        raise ConfigError(f"schema: {kind!r} is none of run, serving")
-    typer.echo(json.dumps(json_schema("run" if kind == "run" else "serving"), indent=2))
+    for known in MODELS:
+        if kind == known:
+            typer.echo(json.dumps(json_schema(known), indent=2))
+            return
+    raise ConfigError(f"schema: {kind!r} is none of {', '.join(MODELS)}")
 
 
 @app.command()

@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
-from orchestrator.config import Run, Serving
+from orchestrator.config import Run, Search, Serving
 from orchestrator.config.explain import nearest
 from orchestrator.config.load import apply_overrides, load_run, load_serving
 from orchestrator.config.schema import json_schema
@@ -291,13 +291,21 @@ def validates(kind: str, text: str) -> bool:
         ("serving", "base: demo\ndeltas: support", True),
         ("serving", "deltas: [a, b]\nport: 80", True),
         ("serving", "port: http", False),
+        ("search", "methods: lora\nobjective: accuracy\nsampler: random\nscheduler: none\nbudget: 5", True),
+        ("search", "methods: [lora, {type: prompt, tokens: {choice: [5]}, train.lr: {log: [0.1, 1]}}]", True),
+        ("search", "methods: [{type: lora, targets: q_proj}]\ntask: classification\nshard: 3", True),
+        ("search", "methods: [{type: lora, rank: {range: [5]}}]", False),
+        ("search", "methods: [{type: lora, rnk: 5}]", False),
+        ("search", "methods: [botleneck]", False),
+        ("search", "objective: [speed]", False),
+        ("search", "budget: 0", False),
     ],
 )
 def test_schema(kind, text, good):
     assert validates(kind, text) is good
 
 
-@pytest.mark.parametrize(("kind", "model"), [("run", Run), ("serving", Serving)])
+@pytest.mark.parametrize(("kind", "model"), [("run", Run), ("search", Search), ("serving", Serving)])
 def test_schema_describes_every_knob(kind, model):
     schema = json_schema(kind)
     parts = [schema, *(o for d in schema["$defs"].values() for o in (d, *d.get("anyOf", [])))]

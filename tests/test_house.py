@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 import orchestrator.config
 from orchestrator.config import Run
-from orchestrator.config.load import load_run, load_serving
+from orchestrator.config.load import load_run, load_search, load_serving
 from orchestrator.config.strict import Strict
 from orchestrator.errors import ConfigError
 
@@ -283,7 +283,7 @@ def test_a_knob_without_a_docstring_is_seen():
 def shipped_mistakes(path: Path) -> list[str]:
     """What is wrong with a shipped run, apart from data that lies on the user's machine."""
     keys = yaml.safe_load(path.read_text()) or {}
-    load = load_run if set(keys) <= {*Run.model_fields, "shard"} else load_serving
+    load = load_search if "methods" in keys else load_run if set(keys) <= {*Run.model_fields, "shard"} else load_serving
     try:
         load(path)
     except ConfigError as error:
@@ -303,6 +303,9 @@ def test_a_bad_shipped_run_is_seen(tmp_path):
     assert "method.rank" in line
     bad.write_text("prot: 8000\n")
     assert shipped_mistakes(bad)
+    bad.write_text("methods: [{type: lora, rank: {choice: [0]}}]\n")
+    (line,) = shipped_mistakes(bad)
+    assert "methods.0.rank" in line
 
 
 def loaded_by(code: str) -> set[str]:

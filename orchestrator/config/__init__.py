@@ -22,6 +22,7 @@ from orchestrator.config.method import (
     Sparse,
 )
 from orchestrator.config.run import NAME_PATTERN, Run
+from orchestrator.config.search import Search
 from orchestrator.config.serving import Serving
 from orchestrator.config.task import CausalLM, Classification, Task
 from orchestrator.config.train import Train
@@ -49,6 +50,7 @@ __all__ = [
     "Prefix",
     "Prompt",
     "Run",
+    "Search",
     "Serving",
     "Source",
     "Sparse",

@@ -41,7 +41,7 @@ _ALIAS = re.compile(r"^(?!latest$)(?!v\d+$)[a-z][a-z0-9_-]{0,62}$")
 def problems(run: Run) -> list[Problem]:
     """What is wrong with a run although each value by itself is allowed."""
     return [
-        *_finite(run),
+        *finite(run),
         *_base(run.base),
         *_data(run.data, run.train),
         *_train(run.data, run.train),
@@ -57,7 +57,7 @@ def problems(run: Run) -> list[Problem]:
 def serving_problems(serving: Serving) -> list[Problem]:
     """The same for an endpoint."""
     return [
-        *_finite(serving),
+        *finite(serving),
         *_base(serving.base),
         *_deltas(serving),
         *_tracking(serving.tracking, serving.base),
@@ -102,13 +102,14 @@ def _missing(path: str) -> str:
     return f"{path} does not exist{hint}"
 
 
-def _finite(value: object, key: str = "") -> Iterator[Problem]:
+def finite(value: object, key: str = "") -> Iterator[Problem]:
+    """Numbers below a record that are not finite."""
     if isinstance(value, BaseModel):
         for name in type(value).model_fields:
-            yield from _finite(getattr(value, name), f"{key}.{name}" if key else name)
+            yield from finite(getattr(value, name), f"{key}.{name}" if key else name)
     elif isinstance(value, tuple):
         for i, item in enumerate(value):
-            yield from _finite(item, f"{key}.{i}")
+            yield from finite(item, f"{key}.{i}")
     elif isinstance(value, float) and not math.isfinite(value):
         yield key, f"got {value}; a finite number is needed"
 

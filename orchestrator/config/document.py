@@ -47,6 +47,11 @@ def dotted(key: Key) -> str:
     return ".".join(map(str, key))
 
 
+def split(name: str) -> Key:
+    """``data.train.0`` as ``("data", "train", 0)``."""
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: ``2e-4`` is a number, ``no``, ``on`` and ``2026-01-31`` are text."""
 

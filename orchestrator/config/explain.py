@@ -36,7 +36,9 @@ def explain(model: type[BaseModel], error: ValidationError) -> list[Finding]:
     errors = error.errors(include_url=False)
     # A list whose members are all wrong counts as empty too; that is no mistake of its own.
     inner = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
-    return [_finding(schema, dict(e)) for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
+    found = [_finding(schema, dict(e)) for e in errors if e["type"] != "too_short" or e["loc"] not in inner]
+    # Each alternative of a value complains for itself, in the same words.
+    return [finding for i, finding in enumerate(found) if finding not in found[:i]]
 
 
 def _finding(schema: "_Schema", error: Mapping[str, Any]) -> Finding:

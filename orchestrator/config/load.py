@@ -1,18 +1,20 @@
-"""A file and overrides in, a frozen ``Run`` or ``Serving`` out - or every mistake at once in one ``ConfigError``."""
+"""A file and overrides in, a frozen ``Run``, ``Search`` or ``Serving`` out - or every mistake at once."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from orchestrator.config import checks
-from orchestrator.config.document import Document, Key, Mistake, dotted, read_yaml
+from orchestrator.config import checks, checks_search
+from orchestrator.config.document import Document, Key, Mistake, dotted, read_yaml, split
 from orchestrator.config.evaluation import Evaluation
 from orchestrator.config.explain import Finding, explain, nearest, shown
 from orchestrator.config.run import Run
+from orchestrator.config.search import Search
 from orchestrator.config.serving import Serving
 from orchestrator.errors import ConfigError
 
@@ -36,9 +38,29 @@ def load_serving(path: Path | str | None = None, overrides: Sequence[str] = ()) 
     return _load(Serving, path, overrides, checks.serving_problems)
 
 
+def load_search(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Search:
+    """Read a search's config; as ``load_run``."""
+    return _load(Search, path, overrides, checks_search.problems)
+
+
 def load_evaluation(overrides: Sequence[str]) -> Evaluation:
     """An evaluation from ``key=value`` settings; as ``load_run``."""
     return _load(Evaluation, None, overrides, lambda _: [])
+
+
+def make_run(values: Mapping[str, object], name: str) -> Run:
+    """A run from plain values, checked as a file is; mistakes are said of ``name``.
+
+    Raises:
+        ConfigError: with every mistake.
+    """
+    run, findings = _check(Run, dict(values))
+    mistakes = [Mistake(f.key, "", f.message) for f in findings]
+    if run is not None and not findings:
+        mistakes = [Mistake(split(where), "", message) for where, message in checks.problems(run)]
+    if mistakes or run is None:
+        raise ConfigError(_message(mistakes, name))
+    return run
 
 
 def apply_overrides(
@@ -81,6 +103,8 @@ def _load(
             )
         elif short in document.places:
             document.places[full] = document.places[short]
+    for written in [key for key in document.places if any("." in str(part) for part in key)]:
+        document.places.setdefault(split(dotted(written)), document.places[written])
     _apply(document, overrides, model)
     record, findings = _check(model, document.value)
     mistakes = document.mistakes + [Mistake(f.key, document.place(f.key), f.message) for f in findings]
@@ -89,7 +113,7 @@ def _load(
         for where, message in problems(record):
             # What follows from a value that is wrong itself is no second mistake.
             if not any(w in f"{where} {message}" for w in wrong):
-                key = tuple(int(part) if part.isdecimal() else part for part in where.split("."))
+                key = split(where)
                 mistakes.append(Mistake(key, document.place(key), message))
     if mistakes or record is None:
         raise ConfigError(_message(mistakes, name))
@@ -132,6 +156,12 @@ def _check(model: type[T], values: object) -> tuple[T | None, list[Finding]]:
     mended = copy.deepcopy(values)
     for finding in reversed(findings):
         _mend(mended, finding)
+    try:
+        return model.model_validate(mended), findings
+    except ValidationError as error:
+        left = [f for f in explain(model, error) if len(f.key) > 1 and isinstance(f.key[-2], int)]
+    for finding in reversed(left):  # a member of a list that lacks a key it needs, now that the wrong one is out
+        _mend(mended, replace(finding, key=finding.key[:-1]))
     try:
         return model.model_validate(mended), findings
     except ValidationError:

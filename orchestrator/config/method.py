@@ -1,6 +1,6 @@
 """The torch-free knobs of each method; ``Method`` is their union, told apart by ``type``."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -226,3 +226,14 @@ Method = Annotated[
     BeforeValidator(_short),
 ]
 """One method and its knobs."""
+
+KINDS: dict[str, type[Knobs]] = {
+    kind.model_fields["type"].default: kind for kind in get_args(get_args(Method)[0]) if issubclass(kind, Knobs)
+}
+"""The knobs of each method, by its name."""
+
+
+def default_of(kind: type[Knobs], way: tuple[str, ...]) -> Any:
+    """Default of the knob at ``way``; None where there is none."""
+    field = kind.model_fields.get(way[0]) if len(way) == 1 else None
+    return None if field is None or field.is_required() else field.default
