@@ -7,16 +7,14 @@ and those of ``base/empty.py``.
 Shapes: B rows, T tokens, H heads, D size of a head.
 """
 
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from orchestrator.base.attention import whole_rows
 from orchestrator.base.model import head
@@ -24,6 +22,7 @@ from orchestrator.config import Method, Task
 from orchestrator.methods import Bank, method_of
 from orchestrator.methods.slot import Part
 from orchestrator.methods.table import HEAD
+from orchestrator.train.meter import Meter, Work, attention_work, size_of
 from orchestrator.train.loss import loss_in_place_of_logits
 
 META = torch.device("meta")
@@ -63,6 +62,8 @@ class Footprint:
     """What is kept between forward and backward pass."""
     peak: int
     """The most that a pass takes at once, gradients included."""
+    work: Counter[Work]
+    """The kernels of a pass, and how often each runs."""
 
 
 def rehearse(model: Any, bank: Bank, work: Pass) -> Footprint:
@@ -74,21 +75,21 @@ def rehearse(model: Any, bank: Bank, work: Pass) -> Footprint:
         work: what to run; its rows are dealt to the slots in turn.
     """
     leaves, held = list(bank.leaves().values()), bank.held()
-    meter = _Meter([*model.parameters(), *model.buffers(), *held])
+    meter = Meter([*model.parameters(), *model.buffers(), *held])
     trained = sum(p.numel() for slot in bank.slots for p in bank.parameters(slot).values())
     slot_BT, ids_BT = _rows(bank, work)
     steps = dict.fromkeys(bank.slots, 0)
     routed = bank.routed(slot_BT, position_BT=ids_BT, sample_BT=ids_BT, steps=steps)
-    with _recomputing(model, work.recompute), routed, _kernels(), meter:
+    with _recomputing(model, work.recompute), routed, _kernels(meter), meter:
         for leaf in leaves:
             leaf.grad = torch.empty_like(leaf) if work.keep_gradients else None
         total = _forward(model, bank, work, slot_BT, ids_BT)
         kept = meter.live
         total.backward()  # type: ignore[no-untyped-call]
-    gradients = sum(_size(leaf) for leaf in leaves)
+    gradients = sum(size_of(leaf) for leaf in leaves)
     for leaf in leaves:
         leaf.grad = None
-    return Footprint(sum(_size(t) for t in held), gradients, 8 * trained, kept, meter.peak)
+    return Footprint(sum(size_of(t) for t in held), gradients, 8 * trained, kept, meter.peak, meter.work)
 
 
 def fill(bank: Bank, slots: Sequence[tuple[Method, Task | None]]) -> None:
@@ -139,75 +140,44 @@ def _recomputing(model: Any, on: bool) -> Iterator[None]:
             model.eval()
 
 
-class _Meter(TorchDispatchMode):
-    """Adds up the storages of meta tensors while they live."""
-
-    def __init__(self, free: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, Any] = {}
-        for tensor in free:
-            storage = tensor.untyped_storage()
-            self._seen[id(storage)] = storage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in tree_leaves(out):
-            if isinstance(value, Tensor) and value.is_meta:
-                self._see(value.untyped_storage())
-        return out
-
-    def _see(self, storage: Any) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._seen:
-            return
-
-        def gone(_: object) -> None:
-            self.live -= size
-            del self._seen[key]
-
-        self._seen[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-
 @contextmanager
-def _kernels() -> Iterator[None]:
+def _kernels(meter: Meter) -> Iterator[None]:
     """Inside, attention on shapes is that of a fused kernel; torch's own would be the plain formula."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Any:
+        return _Attention.apply(query, key, value, attn_mask, meter.work)  # type: ignore[no-untyped-call]
+
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", _attend, "AutogradMeta")
+        library.impl("scaled_dot_product_attention", attend, "AutogradMeta")
         yield
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    out: Tensor = _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
-    return out
 
 
 class _Attention(torch.autograd.Function):
     """Keeps its inputs, its output, a number for each query, and a mask as the numbers that are added to scores."""
 
     @staticmethod
-    def forward(ctx: Any, query_BHTD: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        rows, heads, tokens, size = query_BHTD.shape
-        out_BHTD = query_BHTD.new_empty(rows, tokens, heads, size).transpose(1, 2)
-        log_z_BHT = query_BHTD.new_empty(rows, heads, tokens, dtype=torch.float32)
-        bias = () if mask is None else (query_BHTD.new_empty(mask.shape) if mask.dtype == torch.bool else mask,)
-        ctx.save_for_backward(query_BHTD, key, value, out_BHTD, log_z_BHT, *bias)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, work: Counter[Work]) -> Tensor:
+        rows, heads, tokens, size = query.shape
+        out_BHTD = query.new_empty(rows, tokens, heads, size).transpose(1, 2)
+        log_z_BHT = query.new_empty(rows, heads, tokens, dtype=torch.float32)
+        bias = () if mask is None else (query.new_empty(mask.shape) if mask.dtype == torch.bool else mask,)
+        ctx.save_for_backward(query, key, value, out_BHTD, log_z_BHT, *bias)
+        causal = mask is None and tokens == key.shape[2]
+        ctx.one = attention_work(rows, heads, tokens, key.shape[2], size, query.element_size(), causal)
+        ctx.work = work
+        work[ctx.one] += 1
         return out_BHTD
 
     @staticmethod
-    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad_BHTD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+        one: Work = ctx.one
+        ctx.work[Work(2.5 * one.flops, 2 * one.traffic, one.least)] += 1  # five products in place of two
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
 
 
 def slot_bytes(bank: Bank, slot: int) -> Mapping[str, int]:
     """Bytes of one slot alone: ``delta``, ``gradients``, ``moments``."""
     trained = 4 * sum(p.numel() for p in bank.parameters(slot).values())
-    whole = sum(_size(t) for t in bank.windows(slot).values())
+    whole = sum(size_of(t) for t in bank.windows(slot).values())
     return {"delta": whole, "gradients": trained, "moments": 2 * trained}
