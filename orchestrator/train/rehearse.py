@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, H heads, D size of a head.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from orchestrator.base.attention import whole_rows
 from orchestrator.base.model import head
-from orchestrator.config import Method, Task
+from orchestrator.config import Classification, Method, Task
 from orchestrator.methods import Bank, method_of
 from orchestrator.methods.slot import Part
 from orchestrator.methods.table import HEAD
@@ -92,12 +92,15 @@ def rehearse(model: Any, bank: Bank, work: Pass) -> Footprint:
     return Footprint(sum(size_of(t) for t in held), gradients, 8 * trained, kept, meter.peak, meter.work)
 
 
-def fill(bank: Bank, slots: Sequence[tuple[Method, Task | None]]) -> None:
+def fill(bank: Bank, slots: Sequence[Method], task: Task) -> None:
     """Fill slots 0, 1, ... with tensors that have a shape alone, so that no start value is computed."""
-    for slot, (knobs, task) in enumerate(slots):
+    for slot, knobs in enumerate(slots):
         method = method_of(knobs)
+        if not method.mixes:
+            bank.add(slot, knobs)
+            continue
         parts = [Part.of(method, knobs, bank.scope)]
-        if task is not None and task.type == "classification":
+        if isinstance(task, Classification):
             parts.append(Part.of(HEAD, task, bank.scope))
         shapes = {name: shape for part in parts for name, shape in part.shapes(bank.scope).items()}
         empty = {name: torch.empty(shape, device=META) for name, shape in shapes.items()}
@@ -118,7 +121,7 @@ def _forward(model: Any, bank: Bank, work: Pass, slot_BT: Tensor, ids_BT: Tensor
     if work.masked:
         mask = torch.empty(work.rows, 1, work.length, work.length, dtype=torch.bool, device=META)
     call = {"input_ids": ids_BT, "position_ids": ids_BT, "attention_mask": mask}
-    if bank.task(bank.slots[0]) is not None:
+    if isinstance(bank.task(bank.slots[0]), Classification):
         pooled_PH = model(**call).last_hidden_state.flatten(0, 1).index_select(0, place_N)
         slot_P = slot_BT.flatten()[torch.linspace(0, slot_BT.numel() - 1, work.targets).long()]
         return bank.classify(pooled_PH, slot_P).sum()
@@ -174,10 +177,3 @@ class _Attention(torch.autograd.Function):
         one: Work = ctx.one
         ctx.work[Work(2.5 * one.flops, 2 * one.traffic, one.least)] += 1  # five products in place of two
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None
-
-
-def slot_bytes(bank: Bank, slot: int) -> Mapping[str, int]:
-    """Bytes of one slot alone: ``delta``, ``gradients``, ``moments``."""
-    trained = 4 * sum(p.numel() for p in bank.parameters(slot).values())
-    whole = sum(size_of(t) for t in bank.windows(slot).values())
-    return {"delta": whole, "gradients": trained, "moments": 2 * trained}
