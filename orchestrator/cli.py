@@ -13,6 +13,7 @@ import typer
 from orchestrator import __version__
 from orchestrator.cli_deltas import app as deltas
 from orchestrator.cli_eval import evaluate
+from orchestrator.cli_plan import plan
 from orchestrator.errors import ConfigError, MantaError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.add_typer(deltas, name="deltas", help="List, show, import, promote, export and clean up deltas.")
 app.command("eval")(evaluate)
+app.command()(plan)
 
 Words = Annotated[
     list[str] | None,

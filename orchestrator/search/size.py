@@ -71,7 +71,8 @@ def size_pack(
         gpu: whether it is one of a GPU.
         ranks: devices that share a pack.
         stage: ZeRO stage.
-        methods: what slots may hold; default: the dearest points of the search's space.
+        methods: what slots may hold, such as those of one lane; default: the dearest points of the search's space,
+            whatever lane they are of.
         estimator: of this base, where there is one already.
 
     Raises:
@@ -79,10 +80,11 @@ def size_pack(
     """
     sample = run_of(search)
     made = estimator or estimator_of(sample, gpu=gpu, encoder=uses_encoder(sample))
-    known = methods if methods is not None else [run.method for run in dearest_runs(search, made)]
+    runs = dearest_runs(search, made)
+    known = methods if methods is not None else [run.method for run in runs]
     if not (known := [m for m in known if method_of(m).packs]):
         raise ConfigError("none of the search's methods trains beside others; there is no pack to size")
-    length = max(run.data.length for run in dearest_runs(search, made)) if methods is None else search.data.length
+    length = max(run.data.length for run in runs)
     one = Shape(
         rows=1,
         length=length,
@@ -93,8 +95,7 @@ def size_pack(
         in_order=len(known) == 1,
         keep_gradients=False,
     )
-    # Beside one another only what leaves the same layers quantized; the size is that of the dearest lane.
-    dearest = max(known, key=lambda m: made.memory((m, m), replace(one, rows=2)).needed)
+    dearest = max(known, key=lambda m: _cost(m, length, made)) if len(known) > 1 else known[0]
     return _fit(search, made, dearest, one, round(device_memory * _USABLE))
 
 
@@ -142,12 +143,12 @@ def dearest_runs(search: Search, made: Estimator) -> list[Run]:
         odd = [d for d in drawn if d.range.form == "choice" and not all(map(_number, d.range.values))]
         ways = itertools.product(*([(d.name, plain(v)) for v in d.range.values] for d in odd))
         runs = [trial_run(search, _high(label, drawn, dict(way)), search.name) for way in itertools.islice(ways, _MOST_COMBINED)]
-        out.append(max(runs, key=lambda run: _cost(run, made)) if len(runs) > 1 else runs[0])
+        out.append(max(runs, key=lambda r: _cost(r.method, r.data.length, made)) if len(runs) > 1 else runs[0])
     return out
 
 
-def _cost(run: Run, made: Estimator) -> int:
-    return made.memory((run.method,), Shape(1, min(run.data.length, 512), keep_gradients=False)).needed
+def _cost(method: Method, length: int, made: Estimator) -> int:
+    return made.memory((method,), Shape(1, length, keep_gradients=False)).needed
 
 
 def _high(label: str, drawn: Sequence[Dimension], chosen: dict[str, object]) -> dict[str, object]:
