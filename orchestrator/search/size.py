@@ -142,7 +142,10 @@ def dearest_runs(search: Search, made: Estimator) -> list[Run]:
         drawn = dimensions(search, number)
         odd = [d for d in drawn if d.range.form == "choice" and not all(map(_number, d.range.values))]
         ways = itertools.product(*([(d.name, plain(v)) for v in d.range.values] for d in odd))
-        runs = [trial_run(search, _high(label, drawn, dict(way)), search.name) for way in itertools.islice(ways, _MOST_COMBINED)]
+        runs = [
+            trial_run(search, _high(label, drawn, dict(way)), search.name)
+            for way in itertools.islice(ways, _MOST_COMBINED)
+        ]
         out.append(max(runs, key=lambda r: _cost(r.method, r.data.length, made)) if len(runs) > 1 else runs[0])
     return out
 

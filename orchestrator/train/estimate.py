@@ -121,9 +121,7 @@ class Estimator:
     def model(self, unquantized: frozenset[int]) -> Any:
         """The empty base."""
         if unquantized not in self._models:
-            made = empty_held(
-                self.base, self.dtype, gpu=self.gpu, encoder=self.encoder, unquantized=unquantized
-            )
+            made = empty_held(self.base, self.dtype, gpu=self.gpu, encoder=self.encoder, unquantized=unquantized)
             self._models[unquantized] = bare(made) if isinstance(self.task, Classification) else made
         return self._models[unquantized]
 
@@ -175,9 +173,10 @@ class Estimator:
         return self._may_graph(slots, shape) and lone and shape.rows * shape.length <= MOST_TOKENS
 
     def _may_graph(self, slots: Sequence[Method], shape: Shape) -> bool:
-        causal = not isinstance(self.task, Classification)
-        plain = shape.stage != 3 and not shape.recompute and not slots[0].whole_base
-        return self.gpu and causal and plain and len(slots) == 1
+        if len(slots) > 1 or isinstance(self.task, Classification) or slots[0].whole_base:
+            return False
+        head = self.scope.head in method_of(slots[0]).sites(slots[0], self.scope)
+        return self.gpu and shape.stage != 3 and not shape.recompute and not head
 
     def _keeps(self, slots: Sequence[Method], shape: Shape) -> bool:
         return self._may_graph(slots, shape) if shape.keep_gradients is None else shape.keep_gradients
@@ -198,9 +197,11 @@ class Estimator:
 
     def _unquantized(self, slots: Sequence[Method]) -> frozenset[int]:
         count = self.scope.count
-        wanted = {method_of(knobs).unquantized(knobs, count) for knobs in slots} if self.base.quantize != "none" else {
-            frozenset[int]()
-        }
+        wanted = (
+            {method_of(knobs).unquantized(knobs, count) for knobs in slots}
+            if self.base.quantize != "none"
+            else {frozenset[int]()}
+        )
         if len(wanted) > 1:
             raise ConfigError("these methods want different layers unquantized; they cannot share a base")
         return wanted.pop()

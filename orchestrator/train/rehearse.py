@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.base.attention import whole_rows
 from orchestrator.base.model import head
@@ -125,6 +125,9 @@ def _forward(model: Any, bank: Bank, work: Pass, slot_BT: Tensor, ids_BT: Tensor
         pooled_PH = model(**call).last_hidden_state.flatten(0, 1).index_select(0, place_N)
         slot_P = slot_BT.flatten()[torch.linspace(0, slot_BT.numel() - 1, work.targets).long()]
         return bank.classify(pooled_PH, slot_P).sum()
+    if any(bank.changes_head(slot) for slot in bank.slots):  # then a run takes the model's own logits
+        wanted_NV = model(**call, use_cache=False).logits.flatten(0, 1).index_select(0, place_N).float()
+        return nn.functional.cross_entropy(wanted_NV, place_N, reduction="none").sum()
     with loss_in_place_of_logits(head(model), place_N, place_N):
         losses_N: Tensor = model(**call, use_cache=False).logits
     return losses_N.sum()
@@ -159,7 +162,9 @@ class _Attention(torch.autograd.Function):
     """Keeps its inputs, its output, a number for each query, and a mask as the numbers that are added to scores."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, work: Counter[Work]) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, work: Counter[Work]
+    ) -> Tensor:
         rows, heads, tokens, size = query.shape
         out_BHTD = query.new_empty(rows, tokens, heads, size).transpose(1, 2)
         log_z_BHT = query.new_empty(rows, heads, tokens, dtype=torch.float32)
