@@ -65,6 +65,14 @@ def find_device(
     return _of_cluster(count, address) if address else _of_machine(count, wants_gpu)
 
 
+def known_gpu(name: str) -> Gpu | None:
+    """The kind of a GPU that is here; None for one whose speed is not known."""
+    try:
+        return find_gpu(name)
+    except ConfigError:
+        return None
+
+
 def read_bytes(text: str) -> int:
     """Bytes of ``80GiB``, ``24gb`` or ``40`` (GiB).
 
@@ -98,11 +106,7 @@ def _of_machine(count: int, wants_gpu: bool | None) -> Device:
     if wants_gpu is not False and found:
         name = torch.cuda.get_device_name(0)
         memory = min(torch.cuda.mem_get_info(i)[1] for i in range(found))
-        try:
-            kind = find_gpu(name)
-        except ConfigError:
-            kind = None
-        return Device(name, True, memory, count, kind)
+        return Device(name, True, memory, count, known_gpu(name))
     if wants_gpu:
         raise ConfigError("cluster.gpus_per_worker=1, and this machine has no GPU; name one with --gpu")
     return Device("CPU of this machine", False, host_memory()[0] // count, count)

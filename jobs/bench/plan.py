@@ -1,7 +1,7 @@
 """What ``manta plan`` predicts beside every figure of memory and time that was measured.
 
     python jobs/bench/plan.py --out jobs/bench/plan.md             # no GPU needed
-    python jobs/bench/plan.py --measure --log jobs/bench/plan.jsonl  # on a GPU host, under two minutes; goes on where it was
+    python jobs/bench/plan.py --measure --log jobs/bench/plan.jsonl  # on a GPU host, two minutes; goes on where it was
 
 The measured figures are those of the tables in this folder, and of the log where there is one. None of them went into
 the prediction of memory, which rehearses the run's code on shapes; those of time set the shares of a GPU's rates that
@@ -77,7 +77,7 @@ def llama(scratch: Path, shape: str, quantize: str, kernels: str = "auto") -> Es
     """An estimator of a shape of ``gpu.py``."""
     folder = scratch / shape
     folder.mkdir(exist_ok=True)
-    base = Base(id=str(base_folder(shape, folder)), random_init=0, quantize=quantize, kernels=kernels)  # type: ignore[arg-type]
+    base = Base(id=str(base_folder(shape, folder)), random_init=0, quantize=quantize, kernels=kernels)
     return Estimator(base, CausalLM(), gpu=True)
 
 
@@ -209,8 +209,8 @@ def report(rows: list[Row], times: list[Time]) -> str:
     lines = [
         "# The plan beside what was measured",
         "",
-        "Memory as torch counts it (`max_memory_allocated`; on CPU ranks as `zero_memory.md` says), predicted without a "
-        "GPU by running the pass on shapes. LoRA r16 on all linear layers where nothing else is said. The tables give "
+        "Memory as torch counts it (`max_memory_allocated`; on CPU ranks as `zero_memory.md` says), predicted "
+        "without a GPU by running the pass on shapes. LoRA r16 on all linear layers where nothing else is said. The tables give "
         "one or no decimal, so small figures are off by their rounding. Made by `python jobs/bench/plan.py`.",
         "",
         f"Of {len(rows)} figures the furthest is {worst.error:+.1%} ({worst.source}: {worst.what}).",

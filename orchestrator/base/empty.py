@@ -49,8 +49,8 @@ def empty_held(base: Base, dtype: torch.dtype, *, gpu: bool, encoder: bool, unqu
 
 def bytes_of(model: Any) -> int:
     """Bytes of parameters and quantization state."""
-    own = sum(p.numel() * p.element_size() for p in model.parameters())
-    return own + sum(m.state_bytes() for m in model.modules() if isinstance(m, NF4Linear))
+    own: int = sum(p.numel() * p.element_size() for p in model.parameters())
+    return own + state_bytes_of(model)
 
 
 def state_bytes_of(model: Any) -> int:

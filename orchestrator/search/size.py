@@ -111,8 +111,8 @@ def _fit(search: Search, made: Estimator, dearest: Method, one: Shape, room: int
     if fixed + each_slot + each_row > room:
         raise OutOfMemoryError(
             f"a pack of one {dearest.type} trial at rows of {one.length} tokens needs "
-            f"{(fixed + each_slot + each_row) / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are there. Hold the base in fewer "
-            "bits (base.quantize=nf4), set train.recompute=true, or lower data.length"
+            f"{(fixed + each_slot + each_row) / 2**30:.1f} GiB, {room / 2**30:.1f} GiB are there. Hold the base in "
+            "fewer bits (base.quantize=nf4), set train.recompute=true, or lower data.length"
         )
     asked = search.packs.slots if search.packs.slots != "auto" else None
     most = asked or min(MOST_SLOTS, search.budget.trials or MOST_SLOTS)

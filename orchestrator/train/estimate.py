@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-
 from orchestrator.base import compute_dtype
 from orchestrator.base.empty import bytes_of, empty_held, state_bytes_of
 from orchestrator.base.model import bare, decoder_layers
 from orchestrator.config import Base, Classification, Method, Task, Zero
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, MethodError
 from orchestrator.methods import Bank, Scope, method_of
 from orchestrator.train.graph import MOST_TOKENS
 from orchestrator.train.rehearse import META, Footprint, Pass, fill, rehearse
@@ -129,8 +127,10 @@ class Estimator:
         """Of a pass of these slots.
 
         Raises:
-            MethodError: a method does not fit the base.
+            MethodError: a method does not fit the base, or is not this project's own.
         """
+        if not all(method_of(knobs).mixes for knobs in slots):
+            raise MethodError("there is no plan for the peft library's own modules: they do not run on shapes alone")
         key = f"{slots!r} {shape!r}"
         if key not in self._seen:
             model = self.model(self._unquantized(slots))
@@ -169,7 +169,7 @@ class Estimator:
     def graphed(self, slots: Sequence[Method], shape: Shape) -> bool:
         """Whether a pass is a CUDA graph, once its shape has come for the third time."""
         method = method_of(slots[0])
-        lone = len(slots) == 1 and method.mixes and not method.dropout(slots[0])
+        lone = len(slots) == 1 and not method.dropout(slots[0])
         return self._may_graph(slots, shape) and lone and shape.rows * shape.length <= MOST_TOKENS
 
     def _may_graph(self, slots: Sequence[Method], shape: Shape) -> bool:
@@ -192,6 +192,7 @@ class Estimator:
             recompute=shape.recompute,
             masked=shape.packed or isinstance(self.task, Classification),
             keep_gradients=self._keeps(slots, shape),
+            encoder=self.encoder,
             in_order=shape.in_order,
         )
 

@@ -34,7 +34,7 @@ class Work:
     """The smallest of M, N and K: short products keep fewer of a GPU's units busy."""
 
 
-class Meter(TorchDispatchMode):
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside, every operator on meta tensors is counted.
 
     Args:
@@ -42,7 +42,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self, free: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self.work: Counter[Work] = Counter()
         self._seen: dict[int, Any] = {}

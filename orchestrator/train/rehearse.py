@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.base.attention import whole_rows
+from orchestrator.base.encoder import Reader
 from orchestrator.base.model import head
 from orchestrator.config import Classification, Method, Task
+from orchestrator.errors import BaseModelError
 from orchestrator.methods import Bank, method_of
 from orchestrator.methods.slot import Part
 from orchestrator.methods.table import HEAD
-from orchestrator.train.meter import Meter, Work, attention_work, size_of
 from orchestrator.train.loss import loss_in_place_of_logits
+from orchestrator.train.meter import Meter, Work, attention_work, size_of
 
 META = torch.device("meta")
 
@@ -44,6 +46,8 @@ class Pass:
     """Whether rows hold several samples, so that attention is given a mask."""
     keep_gradients: bool = False
     """Whether gradients stay where they are between steps, as CUDA graphs want it."""
+    encoder: bool = False
+    """Whether the model reads both ways."""
     in_order: bool = True
     """Whether the slots' tokens lie as the bank's stacks do; else each linear picks out copies."""
 
@@ -73,6 +77,9 @@ def rehearse(model: Any, bank: Bank, work: Pass) -> Footprint:
         model: of ``base.empty``, with gradient checkpointing off.
         bank: around it, on the meta device, its slots filled by ``fill``.
         work: what to run; its rows are dealt to the slots in turn.
+
+    Raises:
+        BaseModelError: the model looks at values, such as experts at which tokens are theirs.
     """
     leaves, held = list(bank.leaves().values()), bank.held()
     meter = Meter([*model.parameters(), *model.buffers(), *held])
@@ -83,9 +90,15 @@ def rehearse(model: Any, bank: Bank, work: Pass) -> Footprint:
     with _recomputing(model, work.recompute), routed, _kernels(meter), meter:
         for leaf in leaves:
             leaf.grad = torch.empty_like(leaf) if work.keep_gradients else None
-        total = _forward(model, bank, work, slot_BT, ids_BT)
-        kept = meter.live
-        total.backward()  # type: ignore[no-untyped-call]
+        try:
+            total = _forward(model, bank, work, slot_BT, ids_BT)
+            kept = meter.live
+            total.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as e:
+            reason = str(e).strip().splitlines()[0]
+            raise BaseModelError(
+                f"{type(model).__name__} cannot be rehearsed on shapes alone, so there is no plan for it: {reason}"
+            ) from e
     gradients = sum(size_of(leaf) for leaf in leaves)
     for leaf in leaves:
         leaf.grad = None
@@ -96,9 +109,6 @@ def fill(bank: Bank, slots: Sequence[Method], task: Task) -> None:
     """Fill slots 0, 1, ... with tensors that have a shape alone, so that no start value is computed."""
     for slot, knobs in enumerate(slots):
         method = method_of(knobs)
-        if not method.mixes:
-            bank.add(slot, knobs)
-            continue
         parts = [Part.of(method, knobs, bank.scope)]
         if isinstance(task, Classification):
             parts.append(Part.of(HEAD, task, bank.scope))
@@ -122,7 +132,11 @@ def _forward(model: Any, bank: Bank, work: Pass, slot_BT: Tensor, ids_BT: Tensor
         mask = torch.empty(work.rows, 1, work.length, work.length, dtype=torch.bool, device=META)
     call = {"input_ids": ids_BT, "position_ids": ids_BT, "attention_mask": mask}
     if isinstance(bank.task(bank.slots[0]), Classification):
-        pooled_PH = model(**call).last_hidden_state.flatten(0, 1).index_select(0, place_N)
+        if work.encoder:
+            hidden_BTH, _ = Reader(model, encoder=True, packed=work.masked)(ids_BT, ids_BT, ids_BT, ids_BT < 0, None)
+        else:
+            hidden_BTH = model(**call).last_hidden_state
+        pooled_PH = hidden_BTH.flatten(0, 1).index_select(0, place_N)
         slot_P = slot_BT.flatten()[torch.linspace(0, slot_BT.numel() - 1, work.targets).long()]
         return bank.classify(pooled_PH, slot_P).sum()
     if any(bank.changes_head(slot) for slot in bank.slots):  # then a run takes the model's own logits
