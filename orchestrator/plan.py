@@ -183,7 +183,8 @@ def _changes(run: Run, asked: Option, best: Option) -> Iterator[str]:
         yield f"base.quantize={best.quantize}"
     if best.stage != asked.stage:
         yield f"shard={best.stage}"
-    better = not asked.fits or _per_token(best) < _GAIN * _per_token(asked)
+    known = asked.seconds is not None and best.seconds is not None
+    better = not asked.fits or (known and _per_token(best) < _GAIN * _per_token(asked))
     if best.rows_per_pass != asked.rows_per_pass and better:
         yield f"train.rows_per_pass={best.rows_per_pass}"
     if best.recompute != asked.recompute and better:

@@ -209,9 +209,9 @@ def report(rows: list[Row], times: list[Time]) -> str:
     lines = [
         "# The plan beside what was measured",
         "",
-        "Memory as torch counts it (`max_memory_allocated`; on CPU ranks as `zero_memory.md` says), predicted "
-        "without a GPU by running the pass on shapes. LoRA r16 on all linear layers where nothing else is said. The tables give "
-        "one or no decimal, so small figures are off by their rounding. Made by `python jobs/bench/plan.py`.",
+        "Memory as torch counts it (`max_memory_allocated`; on CPU ranks as `zero_memory.md` says), predicted without "
+        "a GPU by running the pass on shapes. LoRA r16 on all linear layers where nothing else is said. The tables "
+        "give one or no decimal, so small figures are off by their rounding. Made by `python jobs/bench/plan.py`.",
         "",
         f"Of {len(rows)} figures the furthest is {worst.error:+.1%} ({worst.source}: {worst.what}).",
         "",

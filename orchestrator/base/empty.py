@@ -59,10 +59,24 @@ def state_bytes_of(model: Any) -> int:
 
 
 class _EmptyNF4(NF4Linear):
-    """Makes its dense weight as the GPU's kernel does, in one tensor."""
+    """Sizes of an NF4 linear; makes its dense weight as the GPU's kernel does, in one tensor.
+
+    Not by bitsandbytes: what that keeps for the process would be on the meta device for all that come later.
+    """
+
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype, transposed: bool = False) -> None:
+        super(NF4Linear, self).__init__(weight_OI, bias_O, dtype, transposed)
+        packed = torch.empty(-(-weight_OI.numel() // 2), 1, dtype=torch.uint8, device=weight_OI.device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.added: LowRank | None = None
 
     def dequantize(self, dtype: torch.dtype, added: LowRank | None = None) -> Tensor:
         return torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.weight.device)
+
+    def state_bytes(self) -> int:
+        """A byte for each block of 64, an fp32 for each 256 of these, and one more."""
+        blocks = -(-self.out_features * self.in_features // 64)
+        return blocks + 4 * -(-blocks // 256) + 4
 
 
 def _hold(layer: nn.Module, kind: type[NF4Linear | Int8Linear], dtype: torch.dtype) -> None:
