@@ -126,7 +126,8 @@ def _priced(run: Run, made: Estimator, slots: tuple[Method, ...], shape: Shape, 
     memory, seconds = made.memory(slots, shape), None
     if device.kind is not None:
         work = made.footprint(slots, shape).work
-        seconds = step_seconds(device.kind, work, passes=1, graphed=made.graphed(slots, shape))
+        room = memory.needed + memory.graphs <= _USABLE * device.memory
+        seconds = step_seconds(device.kind, work, passes=1, graphed=room and made.graphed(slots, shape))
     return Option(
         slots=len(slots),
         stage=shape.stage,

@@ -16,9 +16,8 @@ _PARTS = (
     ("gathered", "base, gathered at once"),
     ("delta", "deltas and optimizer"),
     ("kept", "activations"),
-    ("passing", "loss head, gradients, temporaries"),
+    ("passing", "loss head, gradients, passing"),
     ("workspace", "cuBLAS"),
-    ("graphs", "CUDA graphs"),
     ("own", "driver, allocator"),
 )
 """Fields of ``Memory`` and what the table calls them."""
@@ -99,6 +98,8 @@ def _table(made: Plan) -> Table:
         if any(values):
             row(label, [_size(v) for v in values])
     row("needed in all", [_size(o.memory.needed) for o in options], "bold")
+    if any(o.memory.graphs for o in options):
+        row("CUDA graphs, where there is room", [_size(o.memory.graphs) for o in options])
     row("while loading", [_size(o.memory.loading) for o in options])
     row("fits", [verdict(o, made.device) for o in options], "bold")
     row("a pass", [step_time(o) for o in options])

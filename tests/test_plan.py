@@ -305,7 +305,7 @@ def test_json_of_a_run(folder):
     memory = said["asked"]["memory"]
     parts = ("base", "gathered", "delta", "kept", "passing", "workspace")
     assert memory["allocated"] == max(sum(memory[p] for p in parts), memory["loading"])
-    assert memory["needed"] == memory["allocated"] + memory["graphs"] + memory["own"]
+    assert memory["needed"] == memory["allocated"] + memory["own"]
     low, high = said["asked"]["seconds"]
     assert 0 < low < high
 

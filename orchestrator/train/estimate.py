@@ -65,7 +65,7 @@ class Memory:
     workspace: int
     """cuBLAS."""
     graphs: int
-    """Memory of CUDA graphs, which nothing else can use."""
+    """Memory of CUDA graphs, which nothing else can use; where there is no room for it, a run goes without them."""
     own: int
     """Of the driver, NCCL and the allocator, which no counter of torch's shows."""
     loading: int
@@ -79,8 +79,8 @@ class Memory:
 
     @property
     def needed(self) -> int:
-        """What the device has to have."""
-        return self.allocated + self.graphs + self.own
+        """What the device has to have; without CUDA graphs."""
+        return self.allocated + self.own
 
 
 class Estimator:
