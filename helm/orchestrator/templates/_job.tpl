@@ -7,6 +7,9 @@
 {{- with $attribution.team }}{{ $words = append $words (printf "tracking.tags.team=%s" .) }}{{ end -}}
 {{- with $attribution.costCenter }}{{ $words = append $words (printf "tracking.tags.cost_center=%s" .) }}{{ end -}}
 {{- range $job.overrides }}{{ $words = append $words (printf "'%s'" .) }}{{ end -}}
+{{- with $root.Values.kueue.managedBy }}
+managedBy: {{ . }}
+{{ end -}}
 entrypoint: {{ join " " $words | quote }}
 submissionMode: K8sJobMode
 backoffLimit: {{ $job.backoffLimit }}
