@@ -12,6 +12,8 @@ import pytest
 import yaml
 from helm_python.chart import Chart
 
+from helm.kuberay import SEARCH
+
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "helm/orchestrator"
 RELEASE, NAMESPACE = "manta", "ml"
@@ -30,7 +32,7 @@ GPU = {
     "annotations": {"note": "worker"},
     "priorityClassName": "batch",
     "idleTimeoutSeconds": 30,
-    "rayStartParams": {"resources": '\'{"spot": 1}\''},
+    "rayStartParams": {"resources": "'{\"spot\": 1}'"},
 }
 
 EVERYTHING: Values = {
@@ -78,7 +80,7 @@ EVERYTHING: Values = {
     "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
     "gc": {"timeZone": "Europe/Berlin", "dryRun": False},
     "train": {"enabled": True, "run": RUN, "overrides": ["method.rank=32"], "deadlineSeconds": 60},
-    "search": {"enabled": True, "run": RUN, "timeZone": "Europe/Berlin"},
+    "search": {"enabled": True, "run": SEARCH, "timeZone": "Europe/Berlin"},
 }
 
 CASES: dict[str, tuple[tuple[str, ...], Values]] = {

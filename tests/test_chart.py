@@ -14,7 +14,6 @@ from helm_python.chart import lint
 from helm_python.errors import HelmError
 from packaging.version import Version
 
-from orchestrator.config.load import load_run
 from tests import chart_kit as kit
 from tests.chart_kit import CASES, CHART, documents, name_of
 
@@ -199,7 +198,9 @@ def test_every_value_is_in_the_schema_and_back():
             return []
         assert spec["additionalProperties"] is False, path
         said = [f"{path}.{key}" for key in set(value) ^ set(spec["properties"])]
-        return said + [d for k, v in value.items() for d in differences(v, spec["properties"].get(k, {}), f"{path}.{k}")]
+        return said + [
+            d for k, v in value.items() for d in differences(v, spec["properties"].get(k, {}), f"{path}.{k}")
+        ]
 
     # `resources` is open at the top; Helm itself puts `global` there.
     assert sorted(differences(values, schema, "")) == [".global"]
@@ -213,7 +214,11 @@ def test_endpoints_keys_are_those_of_the_config():
 
 
 def test_run_files_arrive_as_they_are(tmp_path):
-    for kind in ("train", "search"):
-        (found,) = [d for d in documents("everything") if name_of(d) == f"ConfigMap/manta-{kind}"]
-        (tmp_path / "run.yaml").write_text(found["data"]["run.yaml"])
-        assert load_run(tmp_path / "run.yaml") == load_run(kit.ROOT / "jobs/runs/quickstart.yaml")
+    found = {name_of(d): d["data"]["run.yaml"] for d in documents("everything") if d["kind"] == "ConfigMap"}
+    assert found == {"ConfigMap/manta-train": kit.RUN, "ConfigMap/manta-search": kit.SEARCH}
+
+
+def test_the_search_is_one():
+    from orchestrator.config.search import Search
+
+    assert Search.model_validate(yaml.safe_load(kit.SEARCH)).budget.trials == 24

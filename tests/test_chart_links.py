@@ -1,4 +1,4 @@
-"""What schemas do not see in the chart: that names meet, that pods are confined, that labels arrive, that secrets stay out."""
+"""What schemas do not see in the chart: names meet, pods are confined, labels arrive, secrets stay out."""
 
 import re
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def references(document: kit.Document) -> Iterator[tuple[str, str]]:
         key = path.rpartition(".")[2]
         if key in ("secretKeyRef", "secretRef"):
             yield "Secret", value["name"]
-        elif key == "secretName" or ".imagePullSecrets." in path and key == "name":
+        elif key == "secretName" or (".imagePullSecrets." in path and key == "name"):
             yield "Secret", value
         elif key == "claimName":
             yield "PersistentVolumeClaim", value
@@ -76,7 +76,7 @@ def test_names_are_unique():
 
 
 def selectors(document: kit.Document) -> Iterator[tuple[str, dict[str, str]]]:
-    spec = document["spec"] if "spec" in document else {}
+    spec = document.get("spec", {})
     kind = document["kind"]
     if kind == "Service":
         yield "selector", spec["selector"]

@@ -150,7 +150,7 @@ def serve(config: Serving, *, block: bool = True, address: str | None = None) ->
 def app(args: Mapping[str, Any]) -> Any:
     """The endpoint as a Ray Serve application, for ``serve deploy`` and KubeRay: ``orchestrator.launch.serve:app``.
 
-    ``args`` are the keys of ``Serving``, without those that say how it is reached: that is Ray Serve's own config there.
+    ``args`` are the keys of ``Serving`` without those that say how it is reached, which is in Ray Serve's config.
 
     Raises:
         ConfigError: with every mistake in ``args``.
