@@ -1,7 +1,9 @@
 """``clusters/`` and ``helm/``: configs of ``ray up`` by Ray's own check, rendered files that are up to date."""
 
 import copy
+import itertools
 import re
+import shlex
 import subprocess
 from typing import Any
 
@@ -145,6 +147,30 @@ def test_every_value_is_described():
 def test_an_undescribed_value_is_seen():
     found = {e.path: e.comment for e in readme.entries("# A.\na: 1\nb:\n  # C.\n  c: 2\n  d: 3\n")}
     assert found == {("a",): "A.", ("b",): "", ("b", "c"): "C."}
+
+
+# ---- what is said of them
+
+
+def test_helm_commands_of_the_readme_render():
+    text = (kit.ROOT / "README.md").read_text()
+    commands = [shlex.split(line) for line in re.findall(r"^helm (?:install|upgrade) .*", text, re.M)]
+    assert len(commands) == 2
+    values: kit.Values = {}
+    for command in commands:
+        assert command[3] == "helm/orchestrator"
+        for option, value in itertools.pairwise(command):
+            name, _, given = value.partition("=")
+            section, _, key = name.partition(".")
+            if option == "--values":
+                values = kit.merged(values, yaml.safe_load((kit.ROOT / value).read_text()))
+            elif option == "--set-file":
+                values = kit.merged(values, {section: {key: (kit.ROOT / given).read_text()}})
+            elif option == "--set":
+                values = kit.merged(values, {section: {key: yaml.safe_load(given)}})
+        kinds = {d["kind"] for d in kit.render(values)}
+        assert ("RayJob" in kinds) is ("train" in values)
+    assert "train" in values
 
 
 # ---- scripts
