@@ -52,7 +52,7 @@ EVERYTHING: Values = {
         "livenessProbe": {"exec": {"command": ["true"]}, "periodSeconds": 5},
     },
     "serviceAccount": {"annotations": {"example.com/role": "manta"}},
-    "cluster": {"workerGroups": [GPU], "head": {"nodeSelector": {"pool": "heads"}}},
+    "cluster": {"upgrade": {"type": "Recreate"}, "workerGroups": [GPU], "head": {"nodeSelector": {"pool": "heads"}}},
     "endpoint": {
         "workerGroups": [GPU],
         "serving": {"deltas": ["support", "sql@candidate"], "length": 131072, "gpus": 1},
@@ -77,7 +77,7 @@ EVERYTHING: Values = {
         "egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}],
     },
     "podDisruptionBudget": {"enabled": True},
-    "monitoring": {"enabled": True, "labels": {"release": "prometheus"}},
+    "monitoring": {"enabled": True, "labels": {"release": "prometheus"}, "dashboard": {"enabled": True}},
     "gc": {"timeZone": "Europe/Berlin", "dryRun": False},
     "train": {"enabled": True, "run": RUN, "overrides": ["method.rank=32"], "deadlineSeconds": 60},
     "search": {"enabled": True, "run": SEARCH, "timeZone": "Europe/Berlin"},

@@ -214,8 +214,10 @@ def test_endpoints_keys_are_those_of_the_config():
 
 
 def test_run_files_arrive_as_they_are(tmp_path):
-    found = {name_of(d): d["data"]["run.yaml"] for d in documents("everything") if d["kind"] == "ConfigMap"}
+    found = {name_of(d): d["data"]["run.yaml"] for d in documents("everything") if "run.yaml" in d.get("data", {})}
     assert found == {"ConfigMap/manta-train": kit.RUN, "ConfigMap/manta-search": kit.SEARCH}
+    (dashboard,) = [d for d in documents("everything") if name_of(d) == "ConfigMap/manta-dashboard"]
+    assert json.loads(dashboard["data"]["manta.json"]) == json.loads((CHART / "dashboards/manta.json").read_text())
 
 
 def test_the_search_is_one():

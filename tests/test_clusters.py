@@ -2,13 +2,16 @@
 
 import copy
 import itertools
+import json
 import re
 import shlex
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -187,3 +190,31 @@ def test_what_was_not_run_says_so():
     said = (kit.ROOT / "helm/README.md").read_text()
     assert "No live Kubernetes" in said
     assert all(version.rpartition(".")[0] in said for version in VERSIONS)
+
+
+# ---- the dashboard
+
+
+def unknown_metrics(dashboard: str) -> set[str]:
+    """Metrics of a dashboard that neither the endpoint nor Ray has."""
+    folder = Path(ray.__file__).parent
+    sources = [*folder.glob("dashboard/modules/metrics/dashboards/*.py"), *folder.glob("serve/_private/*.py")]
+    sources += [
+        folder / "dashboard/modules/reporter/reporter_agent.py",
+        *folder.glob("train/v2/_internal/metrics/*.py"),
+    ]
+    text = "\n".join(path.read_text() for path in sources)
+    used = set(re.findall(r"\b(?:ray|manta)_[a-z_]+(?=\{)", dashboard))
+    assert used
+    known = {name for name in used if re.search(rf"\b(?:ray_)?{name.removeprefix('ray_')}\b", text)}
+    ours = {f"manta_{n}_total" for n in ("requests", "rejected", "failed", "cancelled")} | {"manta_models"}
+    ours |= {"manta_prompt_tokens_total", "manta_generated_tokens_total", "manta_running", "manta_waiting"}
+    return used - known - ours
+
+
+def test_the_dashboards_metrics_exist():
+    text = (kit.CHART / "dashboards/manta.json").read_text()
+    assert unknown_metrics(text) == set()
+    assert unknown_metrics("ray_node_gpus_use{} manta_losses{}") == {"ray_node_gpus_use", "manta_losses"}
+    panels = json.loads(text)["panels"]
+    assert len({p["id"] for p in panels}) == len(panels)

@@ -105,8 +105,8 @@ spec:
     - name: preflight
       image: {{ $image }}
       imagePullPolicy: {{ $values.image.pullPolicy }}
-      # Ends with what is wrong in one line each: no tracking server, no room, other versions than the tested ones.
-      command: [manta, doctor]
+      # Says what is wrong in one line each: no tracking server, no room, other versions than the tested ones.
+      command: [sh, -c, "for i in $(seq {{ $values.preflight.tries }}); do manta doctor && exit 0; sleep 10; done; exit 1"]
       env:
         {{- include "manta.rayEnv" (list $root .auto) | nindent 8 }}
       {{- with include "manta.rayEnvFrom" $root | trim }}
