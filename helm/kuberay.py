@@ -82,6 +82,7 @@ def render(name: str, chart: Chart) -> str:
     ]
     everything = json.dumps(found)
     used = [d for d in found if d["kind"] != "ServiceAccount" or _account(d) in everything]
+    used.sort(key=lambda d: d["apiVersion"].startswith("ray.io/"))  # after what it refers to
     for document in used:
         document["metadata"].pop("namespace")
         if document["metadata"].get("annotations", {}).pop("helm.sh/resource-policy", None):

@@ -4,8 +4,10 @@ import asyncio
 import copy
 import itertools
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +187,21 @@ def test_helm_commands_of_the_readme_render():
 @pytest.mark.parametrize("script", ["clusters/local.sh", "clusters/kind.sh", ".ci/run"])
 def test_scripts_parse(script):
     subprocess.run(["bash", "-n", kit.ROOT / script], check=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_ci_says_where_the_definitions_are_if_they_are_there(tmp_path, there):
+    (tmp_path / "checkout/.ci").mkdir(parents=True)
+    shutil.copy(kit.ROOT / ".ci/run", tmp_path / "checkout/.ci/run")
+    (tmp_path / "bin").mkdir()
+    make = tmp_path / "bin/make"
+    make.write_text('#!/bin/sh\necho "$1 ${MANTA_CRD_SCHEMAS-unset}"\n')
+    make.chmod(0o755)
+    if there:
+        (tmp_path / "shared/kuberay").mkdir(parents=True)
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", tmp_path / "checkout/.ci/run"], env=env, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["test", str(tmp_path / "shared/kuberay") if there else "unset"]
 
 
 def test_what_was_not_run_says_so():
