@@ -30,25 +30,13 @@ _GPU = {
     "shm": "8Gi",
     "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
 }
-SEARCH = """\
-# Which delta of the demo base is best? Put your own base, records and budget here.
-name: nightly
-base: demo
-data:
-  train: demo
-  eval_fraction: 0.01
-  length: 256
-train:
-  steps: 60
-methods: [lora, bottleneck, ia3]
-budget: 24
-"""
 _NODES = {"head": {"schedulable": False}, "workerGroups": [_GPU]}
 
 
 def files() -> dict[str, dict[str, Any]]:
     """Values of each file."""
     run = (ROOT / "jobs/runs/quickstart.yaml").read_text()
+    search = (ROOT / "jobs/runs/search.yaml").read_text()
     storage = {"accessModes": ["ReadWriteMany"]}
     return {
         "raycluster.yaml": {**_SHARED, "storage": storage, "cluster": {"enabled": True, **_NODES}},
@@ -66,7 +54,7 @@ def files() -> dict[str, dict[str, Any]]:
             **_SHARED,
             "storage": storage,
             "cluster": {"enabled": False, **_NODES},
-            "search": {"enabled": True, "run": SEARCH},
+            "search": {"enabled": True, "run": search},
         },
     }
 

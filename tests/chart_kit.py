@@ -12,8 +12,6 @@ import pytest
 import yaml
 from helm_python.chart import Chart
 
-from helm.kuberay import SEARCH
-
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "helm/orchestrator"
 RELEASE, NAMESPACE = "manta", "ml"
@@ -22,6 +20,7 @@ Values = dict[str, Any]
 Document = dict[str, Any]
 
 RUN = (ROOT / "jobs/runs/quickstart.yaml").read_text()
+SEARCH = (ROOT / "jobs/runs/search.yaml").read_text()
 GPU = {
     "name": "gpu",
     "replicas": 1,

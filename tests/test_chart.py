@@ -10,7 +10,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from cel import evaluate
-from helm_python.chart import lint
+from helm_python.chart import lint, package
 from helm_python.errors import HelmError
 from packaging.version import Version
 
@@ -220,7 +220,10 @@ def test_run_files_arrive_as_they_are(tmp_path):
     assert json.loads(dashboard["data"]["manta.json"]) == json.loads((CHART / "dashboards/manta.json").read_text())
 
 
-def test_the_search_is_one():
-    from orchestrator.config.search import Search
-
-    assert Search.model_validate(yaml.safe_load(kit.SEARCH)).budget.trials == 24
+def test_the_package_renders_as_the_folder(tmp_path):
+    archive = package(CHART, destination=tmp_path)
+    with kit.Chart.load(archive) as chart:
+        names = {f["name"] for f in chart.files}
+        assert {"README.md", "values-production.yaml", "dashboards/manta.json"} <= names
+        values = kit.values_of("production")
+        assert chart.render(values, name=kit.RELEASE, namespace=kit.NAMESPACE) == kit.texts(values)
