@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import helm_python
 import httpx
 import jsonschema
 import pytest
@@ -210,6 +211,9 @@ def test_what_was_not_run_says_so():
     said = (kit.ROOT / "helm/README.md").read_text()
     assert "No live Kubernetes" in said
     assert all(version.rpartition(".")[0] in said for version in VERSIONS)
+    assert helm_python.helm_sdk_version() in said
+    assert len(kit.CASES) == 8
+    assert "Eight sets of values" in said
 
 
 # ---- the dashboard
