@@ -87,18 +87,18 @@ def test_a_killed_trial_actor_costs_nothing(cluster: str, undisturbed: Study, tm
     assert kill.acted.is_set()
     joined = [line for line in read_lines(folder_of(outcome.search_id)) if line["kind"] == "joined"]
     assert len(joined) == 6, "no trial left its slot"
-    assert board(outcome.study) == board(undisturbed)
+    assert_same(outcome.study, undisturbed)
 
 
 def run_until(words: list[str], home: Path, number: signal.Signals) -> "subprocess.Popen[str]":
     """Start the command, and signal it half-way."""
     process = command("tune", *words, env={"MANTA_HOME": str(home)})
-    os.environ["MANTA_HOME"], before = str(home), os.environ["MANTA_HOME"]
     try:
-        until(lambda: list((home / "searches").glob("*/search.json")))
-        until(lambda: half_way(Study.load(search_id(home))))
-    finally:
-        os.environ["MANTA_HOME"] = before
+        until(lambda: list((home / "searches").glob("*/study.jsonl")))
+        until(lambda: half_way(studied(home)))
+    except BaseException:
+        process.kill()
+        raise
     process.send_signal(number)
     return process
 
@@ -169,7 +169,7 @@ def test_a_trial_that_fails_ends_alone(cluster: str, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_packed_trains_beside(cluster: str, tmp_path: Path) -> None:
-    methods = "methods=[lora, {type: peft, peft: LOHA, options: {r: 4, target_modules: [q_proj]}, train.lr: 0.001}]"
+    methods = "methods=[lora, {peft: {type: LOHA, r: 4, target_modules: [q_proj]}, train.lr: 0.001}]"
     outcome = tune(searched(tmp_path, methods, "budget=3", "base.quantize=none"))
     rows = list(outcome.study.rows.values())
     assert {row.state for row in rows} == {"finished"}
@@ -178,6 +178,21 @@ def test_what_cannot_be_packed_trains_beside(cluster: str, tmp_path: Path) -> No
         heard = alone(row, tmp_path / row.trial)
         losses = dict(zip(heard.of("step", "step"), heard.of("step", "loss"), strict=True))
         assert row.curves["loss"] == pytest.approx(losses, rel=1e-5), row.method
+
+
+def test_a_budget_of_tokens_ends_a_search_of_two_objectives(cluster: str, tmp_path: Path) -> None:
+    budget = ("budget={trials: null, tokens: 6000}", "packs.slots=2", "sampler=tpe", "scheduler=asha")
+    outcome = tune(searched(tmp_path, "objective=[eval_loss, parameters]", *budget))
+    assert outcome.complete
+    assert outcome.why == "budget.tokens: 6,000 are spent"
+    assert outcome.study.tokens >= 6000
+    assert {row.state for row in outcome.study.rows.values()} <= {"finished", "stopped"}
+    front = outcome.study.front()
+    assert len({row.parameters for row in front}) == len(front)
+    assert outcome.winner is not None
+    assert outcome.winner in front
+    assert outcome.version is not None
+    assert outcome.report.stat().st_size > 10_000
 
 
 # ---- a full disk, a lost node

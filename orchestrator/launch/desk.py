@@ -10,7 +10,7 @@ import ray
 from orchestrator.config.search import Search
 from orchestrator.errors import MantaError
 from orchestrator.search.space import trial_run
-from orchestrator.search.study import Study
+from orchestrator.search.study import Row, Study
 from orchestrator.train.desk import Desk, Event, Lease, Orders
 from orchestrator.train.lane import lane_of
 
@@ -147,6 +147,14 @@ class DeskActor:
     def over(self, where: str) -> str | None:
         """Why a lane needs no pack any more, if it does not."""
         return self._desk.broken(where) or (self._fatal[1] if self._fatal else None)
+
+    def rows(self) -> list[Row]:
+        """All trials."""
+        return list(self._study.rows.values())
+
+    def open(self) -> list[str]:
+        """Trials that are neither at their end nor on their way out."""
+        return [row.trial for row in self._study.rows.values() if not row.why and not self._desk.leaving(row.trial)]
 
     def park(self, reason: str) -> None:
         """Stop: packs write checkpoints and end, trials do not wait any more. A later driver goes on."""

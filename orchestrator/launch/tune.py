@@ -34,6 +34,9 @@ from orchestrator.search.study import Record, Row, Study, folder_of, read_lines,
 
 _log = logging.getLogger(__name__)
 
+_ATTEMPTS = 3
+"""Of Tune, to see every trial to its end."""
+
 _CHANGEABLE = ("cluster.", "shard=", "packs.", "budget")
 """What a resumed search may change: where and how long it runs, not what it learns."""
 
@@ -162,10 +165,13 @@ def _search(
     trials = min((n for n in (search.budget.trials, points) if n is not None), default=None)
     if lines:
         scribe.note("resumed", {})
-    with tempfile.TemporaryDirectory(prefix="manta-tune-") as temp:
-        tuner = build_tuner(search, desk, known=known, trials=trials, at_once=shape.at_once, folder=Path(temp))
-        with scribe.writing(), pool.running(), _signals(desk):
-            tuner.fit()
+    with scribe.writing(), pool.running(), _signals(desk):
+        for _ in range(_ATTEMPTS):
+            with tempfile.TemporaryDirectory(prefix="manta-tune-") as temp:
+                build_tuner(search, desk, known=known, trials=trials, at_once=shape.at_once, folder=Path(temp)).fit()
+            known = ray.get(desk.rows.remote())
+            if ray.get(desk.stopped.remote()) or not ray.get(desk.open.remote()):
+                break  # else Tune gave a trial up whose actor it lost: the next attempt takes it up where it is
     why = ray.get(desk.stopped.remote()) or "finished"
     for error in (ray.get(desk.fatal.remote()), scribe.error, pool.error):
         if error:

@@ -1,6 +1,7 @@
 """Ray Tune for a search: what proposes trials, what stops them, and the actors that stand for them."""
 
 import os
+import warnings
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -47,7 +48,7 @@ def build_tuner(
     metrics = [objective.metric for objective in search.objective]
     modes = [direction(metric) for metric in metrics]
     several = len(metrics) > 1
-    searcher = OptunaSearch(
+    searcher = _Searcher(
         space=partial(propose, search),
         metric=metrics if several else metrics[0],
         mode=modes if several else modes[0],
@@ -77,6 +78,16 @@ def build_tuner(
             verbose=0,
         ),
     )
+
+
+class _Searcher(OptunaSearch):  # type: ignore[misc]
+    """A trial whose actor was lost tells its evaluations twice; optuna keeps the first word and warns."""
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """As Ray's."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            super().on_trial_result(trial_id, result)
 
 
 def _scheduler(search: Search, metric: str) -> TrialScheduler:
@@ -109,10 +120,6 @@ class _Withdrawn(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Stopped, or at its end."""
-        self._desk.withdraw.remote(trial_id(trial.config[NUMBER]))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """Its actor was lost too often."""
         self._desk.withdraw.remote(trial_id(trial.config[NUMBER]))
 
 

@@ -180,6 +180,10 @@ class Desk:
         """How many trials queue, by lane."""
         return {lane: len(queue) for lane, queue in self._queues.items() if queue}
 
+    def leaving(self, trial: str) -> bool:
+        """Whether a trial is withdrawn, and its pack has yet to let it go."""
+        return trial in self._leaving
+
     def load(self) -> dict[str, int]:
         """Of lanes in which trials queue: how many queue there or are in a slot."""
         held = {lane: sum(len(p.held) for p in self._packs.values() if p.lane == lane) for lane in self._queues}
