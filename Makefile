@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup quickstart test test-all lint clean
+.PHONY: help setup quickstart test test-all lint kuberay clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ test: lint ## Style, types and the fast tests
 
 test-all: lint ## Style, types and every test
 	$(BIN)/python -m pytest
+
+kuberay: setup ## Render clusters/kuberay/ and the chart's list of values anew
+	$(BIN)/python helm/kuberay.py
+	$(BIN)/python helm/readme.py
 
 clean: ## Remove .venv and what tools left behind
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info build dist

@@ -13,6 +13,7 @@ import typer
 from orchestrator import __version__
 from orchestrator.cli_deltas import app as deltas
 from orchestrator.cli_eval import evaluate
+from orchestrator.cli_plan import plan
 from orchestrator.cli_tune import tune
 from orchestrator.errors import ConfigError, MantaError
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(deltas, name="deltas", help="List, show, import, promote, export and clean up deltas.")
 app.command("eval")(evaluate)
 app.command("tune")(tune)
+app.command()(plan)
 
 Words = Annotated[
     list[str] | None,

@@ -22,10 +22,14 @@ from orchestrator.config import CausalLM, Classification, Method, Run, Task, hom
 from orchestrator.config.data import Source
 from orchestrator.data import Prepared, Report, Sample, deal, pack
 from orchestrator.delta import Delta, load_delta, redact
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, MantaError
 from orchestrator.methods import Bank, Scope, head_parameters, method_of, trained_parameters
+from orchestrator.plan import plan
+from orchestrator.plan_device import Device, known_gpu
+from orchestrator.plan_show import step_time, verdict
 from orchestrator.preview_samples import CONTROL, print_samples
 from orchestrator.registry.address import resolve_address
+from orchestrator.train.devices import Gpu
 from orchestrator.train.fill import fill_slot
 from orchestrator.train.setup import total_steps
 from orchestrator.train.task import prepare_run, task_of, uses_encoder
@@ -68,6 +72,7 @@ def preview(run: Run, *, address: str | None = None, console: Console | None = N
     _print(console, "Data", _counts(run, data, ahead, tokenizer.pad_token_id, sizes.method))
     _print(console, "Parameters", _parameters(run, sizes))
     _print(console, "Launch", _launch(run, place, sizes))
+    _print(console, "Plan", _plan(run, place, sizes))
 
 
 def _print(console: Console, title: str, facts: Iterable[Fact]) -> None:
@@ -281,6 +286,8 @@ class Place:
     """Of these, free ones."""
     problem: str | None = None
     """What the run asks for and this machine does not have."""
+    kind: Gpu | None = None
+    """Which GPU, where its speed is known."""
 
 
 def _place(run: Run, address: str | None) -> Place:
@@ -303,7 +310,7 @@ def _place(run: Run, address: str | None) -> Place:
     if gpu:
         room = [torch.cuda.mem_get_info(i) for i in range(gpus)]
         least, whole = min(room, default=(None, None))
-        return Place(where, gpu, whole, least, problem)
+        return Place(where, gpu, whole, least, problem, known_gpu(torch.cuda.get_device_name(0)) if gpus else None)
     return Place(where, gpu, total // workers, free // workers, problem)
 
 
@@ -324,7 +331,9 @@ def _launch(run: Run, place: Place, sizes: Sizes) -> Iterator[Fact]:
         base, state = _share(run, sizes, stage)
         at = f" at stage {stage}" if len(stages) > 1 else ""
         off = " in host memory" if stage == 3 and cluster.zero.offload == "cpu" and place.gpu is not False else ""
-        parts = f"base {_bytes(base)}{off}, delta with gradient and optimizer {_bytes(state)}; activations come on top"
+        parts = (
+            f"base {_bytes(base)}{off}, delta with gradient and optimizer {_bytes(state)}; activations: see the plan"
+        )
         yield "per worker", f"about {_bytes(base + state)}{at}: {parts}"
         if place.free is not None and not off and base + state > place.free:
             advice = "hold the base in fewer bits (base.quantize=nf4) or shard it (cluster.workers, shard=3)"
@@ -347,3 +356,26 @@ def _share(run: Run, sizes: Sizes, stage: int) -> tuple[float, float]:
     ranks = run.cluster.workers.min
     moments = 8 / ranks if stage in (1, 2) else 8
     return sizes.held / ranks if stage == 3 else sizes.held, sizes.trained * (8 + moments)
+
+
+# ---- the plan
+
+
+def _plan(run: Run, place: Place, sizes: Sizes) -> Iterator[Fact]:
+    """What ``manta plan`` says, in short."""
+    if place.gpu is None or place.memory is None:
+        yield "memory", "depends on the cluster's GPUs; manta plan --gpu NAME says it of one kind"
+        return
+    device = Device("this machine", place.gpu, place.memory, run.cluster.workers.min, place.kind)
+    try:
+        made = plan(run.model_copy(update={"method": sizes.method}), device)
+    except MantaError as error:
+        yield "none", str(error)
+        return
+    memory = made.asked.memory
+    parts = f"{_bytes(memory.kept)} of activations, {_bytes(memory.base)} of base"
+    yield "memory", f"{_bytes(memory.needed)} of each worker's {_bytes(place.memory)}: {parts}"
+    yield "fits" if made.asked.fits else "problem", verdict(made.asked, device)
+    yield "a pass", step_time(made.asked)
+    if made.overrides:
+        yield "proposed", " ".join(made.overrides)

@@ -35,6 +35,29 @@ CASES: dict[str, Any] = {
     "parallel": Bottleneck(size=5, placement="parallel", activation="silu", scale=2.0),
 }
 """Name -> knobs that fit the tiny Llama."""
+TRAINED = {
+    "lora": 2 * 4 * 1024,
+    "lora_some": 2 * 8 * (128 + 96),
+    "lora_ranks": 2 * (2 * 832 + 5 * 192),
+    "dora": 2 * (3 * 1024 + 512),
+    "pissa": 2 * 4 * 1024,
+    "last_layers": 36864 + 3 * 64,
+    "last_layers_head": 2 * 36864 + 5 * 64 + 320 * 64,
+    "full": 2 * 36864 + 5 * 64 + 2 * 320 * 64,
+    "bitfit": 2 * 512,
+    "sparse": 2 * (2 * 205 + 2 * 102 + 3 * 410),
+    "sparse_random": 2 * (41 + 82),
+    "norms": 5 * 64,
+    "ia3": 2 * (32 + 32 + 128),
+    "prompt": 5 * 64,
+    "prompt_text": 3 * 64,
+    "prefix": 2 * 2 * 4 * 32,
+    "prefix_short": 2 * 2 * 2 * 32,
+    "houlsby": 2 * 2 * (6 * 128 + 6 + 64),
+    "pfeiffer": 2 * (3 * 128 + 3 + 64),
+    "parallel": 2 * (5 * 128 + 5 + 64),
+}
+"""Name -> trained numbers by the papers' formulas: two layers, of 36,864 weights, 512 outputs, 1,024 with inputs."""
 NO_WEIGHT_CHANGE = {"prompt", "prompt_text", "prefix", "prefix_short", "houlsby", "pfeiffer", "parallel"}
 """Cases that cannot be merged."""
 TOKENS_BT = torch.randint(3, tiny.VOCAB, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -50,10 +73,16 @@ def loaded(folder: Path, quantize: str) -> Any:
     return load_base(Base(id=str(folder), quantize=quantize)).model
 
 
-def bank_of(model: Any, source: Any = None) -> Bank:
+def bank_of(model: Any, source: Any = None, *, fuse: bool = False) -> Bank:
     """A bank that can read texts."""
     encode = tiny.tokenizer().encode
-    return Bank(model, base_id="tiny", source=source, encode=lambda text: encode(text, add_special_tokens=False))
+    return Bank(
+        model,
+        base_id="tiny",
+        source=source,
+        encode=lambda text: encode(text, add_special_tokens=False),
+        fuse=fuse,
+    )
 
 
 def shake(bank: Bank, slot: int, seed: int = 0, size: float = 0.1) -> None:

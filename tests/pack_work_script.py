@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,15 +22,17 @@ def main(
     out: str,
     shared: list[str],
     trials: dict[str, list[str]],
-    at: dict[str, int],
-    until: dict[str, int],
+    at: dict[str, int] | None = None,
+    until: dict[str, int] | None = None,
     full: int | None = None,
     slots: int = 8,
 ) -> None:
     """``full``: the second rank's memory ends at the step after so many of the pack's."""
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=os.environ["RENDEZVOUS"], rank=rank, world_size=ranks)
+    patience = timedelta(seconds=300 if full is None else 60)  # for a rank that will not come back
+    where = os.environ["RENDEZVOUS"]
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=ranks, timeout=patience)
     runs = {name: small(*shared, *own) for name, own in trials.items()}
     desk = Played(Path(out, "pack"), runs, at, until)
     failed = None

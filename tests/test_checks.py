@@ -40,7 +40,6 @@ def wrong(load, overrides: list[str]) -> str:
         ([*LABELLED, "data.train={path: some/set, format: prompt}"], "data.train.0.format"),
         ([*LABELLED, "data.streaming=true", "train.steps=5"], "task.labels"),
         ([*LABELLED, "task.labels=[a]"], "task.labels"),
-        ([*LABELLED, "method={type: sparse, choose: fisher}", "base.quantize=none"], "method.choose"),
         ([*LABELLED, "task.labels=[a,b,a]"], "task.labels"),
         ([*LABELLED, "task.labels=[a,'']"], "task.labels"),
         (["data.train={path: demo, format: alpaca}", "data.loss_on=flagged"], "data.train.0.format"),

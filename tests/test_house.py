@@ -42,6 +42,9 @@ LEAVES = (
     "preview_samples",
     "report",
     "plan",
+    "plan_device",
+    "plan_show",
+    "cli_plan",
     "cli_tune",
     "leaderboard",
     "tell_search",
@@ -230,11 +233,12 @@ STRANGE = re.compile(
 
 
 def test_no_file_speaks_of_a_machine_or_a_package_host():
-    texts = [*files("*", "orchestrator/**/*.py", "jobs/**/*", "tests/**/*.py"), ROOT / ".ci/run", ROOT / ".gitignore"]
+    places = ("*", "orchestrator/**/*.py", "jobs/**/*", "tests/**/*.py", "helm/**/*", "clusters/**/*")
+    texts = [*files(*places), ROOT / ".ci/run", ROOT / ".gitignore", ROOT / ".dockerignore"]
     named = [
         f"{relative(path)}:{number}"
         for path in texts
-        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", "")
+        if path.suffix in (".py", ".md", ".toml", ".txt", ".yaml", ".sh", ".tpl", "")
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if STRANGE.search(line)
     ]

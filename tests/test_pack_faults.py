@@ -1,6 +1,7 @@
 """What goes wrong in a pack: it is one trial's alone, and costs the others nothing."""
 
 import errno
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,6 +97,20 @@ def test_an_impossible_trial_ends_alone_with_its_reason(base: Path, tmp_path: Pa
         assert losses(desk, name) == losses(undisturbed, name)
 
 
+def test_a_bad_record_of_a_stream_ends_its_trial_when_it_is_met(base: Path, tmp_path: Path) -> None:
+    records = tmp_path / "stream.jsonl"
+    good = {"prompt": "the cat sat", "completion": " on the mat"}
+    records.write_text("\n".join(map(json.dumps, [*[good] * 10, {"prompt": 3}])))
+    stream = trial(base, f"data.train={records}", "data.streaming=true", "data.shuffle_buffer=4", "train.steps=9")
+    desk = pack_here(Played(tmp_path / "pack", {**pair(base), "stream": stream}), trial(base))
+    ended = desk.ended("stream")
+    assert ended["why"] == "failed"
+    assert "stream.jsonl:11" in ended["reason"]
+    assert 1 <= ended["step"] <= 2
+    told = train_here(pair(base)["good"], tmp_path / "solo")
+    assert_same(desk, "good", told)
+
+
 class Memory:
     """A device that holds so much: the loss fails above it."""
 
@@ -123,6 +138,9 @@ def test_out_of_memory_makes_passes_smaller_and_goes_on(
     assert memory.most == 2
     assert [capacity for capacity, _ in desk.shrunk] == [4] * memory.failed
     assert [tokens for _, tokens in desk.shrunk] == [2048 >> n for n in range(memory.failed)]
+    assert desk.desk.tokens("pack") == desk.shrunk[-1][1]
+    assert desk.desk.hello("pack", "") == 4, "a restart knows"
+    assert desk.desk.tokens("pack") == desk.shrunk[-1][1]
     assert any("out of memory" in values["text"] for t, kind, values in desk.heard if kind == "warning")
     for name, run in runs.items():
         assert_same(desk, name, train_here(run, tmp_path / "solo" / name))

@@ -1,5 +1,6 @@
 """Types of the peft library handed through: a run has the losses of peft's own model in a plain torch loop."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,17 +8,21 @@ from typing import Any
 import pytest
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, get_peft_model
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from orchestrator.base import load_base, load_tokenizer
-from orchestrator.config import Base, Lora, Peft, Run
+from orchestrator.config import Base, Classification, Lora, Peft, Run
 from orchestrator.config.load import load_run
 from orchestrator.data import prepare
 from orchestrator.delta import load_delta, new_manifest, save_delta
 from orchestrator.errors import ConfigError, DeltaError, MethodError
+from orchestrator.launch.train import Outcome
 from orchestrator.methods import Bank, from_files, knobs_from_peft
 from orchestrator.preview import measure
+from orchestrator.registry import Version
+from orchestrator.report import tell
 from orchestrator.train.schedule import lr_at
 from tests import tiny
 from tests.endpoint_kit import IDENTITY, Server
@@ -297,6 +302,32 @@ def test_an_endpoint_refuses_it(tmp_path: Path) -> None:
     save_delta(tmp_path / "vera", {"base_model.vera_A": torch.ones(2, 2)}, manifest, {"peft_type": "VERA"})
     with pytest.raises(MethodError, match=r"vera: .* cannot stand beside other deltas"):
         Server(deltas=[str(tmp_path / "vera")])
+
+
+def test_an_endpoint_refuses_a_classification(tmp_path: Path) -> None:
+    task, knobs = Classification(labels=("a", "b")), Lora(targets=("q_proj",))
+    manifest = new_manifest(name="moods", base=IDENTITY, method=knobs, task=task)
+    save_delta(tmp_path / "moods", {"score.weight": torch.ones(2, 2)}, manifest, {"peft_type": "MANTA"})
+    with pytest.raises(MethodError, match=r"moods is a classification delta: .* `manta eval` runs it"):
+        Server(deltas=[str(tmp_path / "moods")])
+
+
+@pytest.mark.parametrize(
+    ("method", "task", "said"),
+    [
+        ("lora", "causal_lm", "serve it  manta serve deltas=x:3"),
+        ("lora", "classification", "try it    manta eval x:3 --data FILE"),
+        ("peft", "causal_lm", "use it    with the peft library, from: manta deltas export x:3 --peft DIR"),
+    ],
+)
+def test_the_end_of_a_run_says_what_holds(method: str, task: str, said: str, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    tags = {"manta.method": method, "manta.task": task}
+    version = Version("x", 3, "a" * 64, (), None, "", "2026-01-01T00:00:00Z", tags)
+    tell(Outcome("x-1", "finished", tmp_path, {}, version, "sqlite:///x"), console)
+    text = console.file.getvalue()
+    assert said in text
+    assert ("manta serve" in text) == (said.startswith("serve"))
 
 
 def test_it_stands_alone(tmp_path: Path) -> None:

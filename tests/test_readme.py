@@ -41,6 +41,10 @@ def words(command: list[str]) -> tuple[list[str], list[str]]:
 def test_a_command_of_the_readme_is_one(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if command[0] == "make":
         assert re.search(rf"^{command[1]}:", Path("Makefile").read_text(), re.M)
+    elif command[0] in ("helm", "docker") or command[:2] == ["ray", "up"]:
+        paths = [word.rpartition("=")[2] for word in command if "/" in word or word == "."]
+        assert paths
+        assert all(Path(path).exists() for path in paths)
     elif command[0] == "ray":
         at = command.index("python")
         assert Path(command[at + 1]).is_file()

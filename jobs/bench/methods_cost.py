@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import torch
-from methods_pack import PackedAdamW, Rows, losses
+from methods_pack import stepper_of
 from methods_sets import SETS, bank_of, base_of
 from methods_settings import SETTINGS
 
@@ -16,6 +16,7 @@ from orchestrator.config import Classification, Train
 from orchestrator.data import Sample
 from orchestrator.methods import Bank
 from orchestrator.train.classify import Classifier
+from orchestrator.train.packed_adamw import PackedAdamW
 
 STEPS = 20
 SKIP = 5
@@ -38,9 +39,10 @@ def cost(args: argparse.Namespace, log: Any, names: list[str]) -> None:
 
 
 def _measure(args: argparse.Namespace, model: Any, bank: Bank, pad_id: int) -> dict[str, float]:
-    rows = Rows(bank, {0: 0}, length=SETS["sst2"].length, pad_id=pad_id, tokens=args.tokens)
     loss = Classifier(bank, encoder=True, packed=True)
-    optimizer = PackedAdamW(bank, {0: Train(lr=1e-4)}, STEPS)
+    stepper = stepper_of(bank, model, loss, length=SETS["sst2"].length, pad_id=pad_id, tokens=args.tokens)
+    optimizer = PackedAdamW(bank)
+    optimizer.join(0, Train(lr=1e-4), STEPS)
     draw = torch.Generator().manual_seed(0)
     cuda = args.device == "cuda"
     if cuda:
@@ -52,9 +54,8 @@ def _measure(args: argparse.Namespace, model: Any, bank: Bank, pad_id: int) -> d
             Sample(torch.randint(1000, 20000, (TOKENS,), generator=draw).tolist(), [False] * TOKENS, n, n % 2)
             for n in range(TEXTS)
         ]
-        batches = rows.batches({0: texts})
         begin = time.perf_counter()
-        losses(model, bank, loss, batches, {0: TEXTS}, step)
+        stepper.gradients({0: texts}, {0: step})
         optimizer.step()
         if cuda:
             torch.cuda.synchronize()

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from methods_pack import Rows, losses
+from methods_pack import stepper_of
 from methods_sets import Set, size_of, trained
 from methods_settings import Trial
 
@@ -27,11 +27,10 @@ def judge(held: Any, chosen: Set, sets: Any, asked: Sequence[Trial], log: Any, s
     model, bank, base, args = held
     data = next(iter(sets.values()))
     dev = list(data.eval)[:DEV]
-    rows = Rows(
-        bank, dict.fromkeys(bank.slots, 0), length=chosen.length, pad_id=base.tokenizer.pad_token_id, tokens=args.tokens
-    )
-    targets = dict.fromkeys(bank.slots, sum(s.targets for s in dev))
-    dev_loss = losses(model, bank, plain_loss, rows.batches({0: dev}), targets, None)
+    pad_id = base.tokenizer.pad_token_id
+    stepper = stepper_of(bank, model, plain_loss, length=chosen.length, pad_id=pad_id, tokens=args.tokens)
+    found = stepper.evaluate(dict.fromkeys(bank.slots, dev))
+    dev_loss = {slot: metrics["eval_loss"] for slot, metrics in found.items()}
     best: dict[str, int] = {}
     for slot, trial in enumerate(asked):
         if trial.setting not in best or dev_loss[slot] < dev_loss[best[trial.setting]]:

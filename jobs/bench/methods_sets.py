@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods_pack import PackedAdamW, Rows, losses
+from methods_pack import stepper_of
 from methods_settings import Trial
 
 from orchestrator.base import load_base
@@ -18,8 +18,9 @@ from orchestrator.base.model import bare
 from orchestrator.config import Base, CausalLM, Classification, Data, Source, Task, Train
 from orchestrator.data import Sample, prepare
 from orchestrator.methods import Bank, to_files
-from orchestrator.train.classify import Classifier
+from orchestrator.train.classify import Classifier, predict
 from orchestrator.train.loss import plain_loss
+from orchestrator.train.packed_adamw import PackedAdamW
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,19 @@ def run(args: argparse.Namespace, name: str, asked: Sequence[Trial], log: Any) -
     steps = round((args.epochs or chosen.epochs) * any_set.train.size / chosen.batch_size)
     steps = min(steps, args.limit) if args.limit else steps
     loss: Any = Classifier(bank, encoder=True, packed=True) if encoder else plain_loss
-    optimizer = PackedAdamW(bank, {s: Train(lr=t.lr * chosen.lr_factor) for s, t in enumerate(asked)}, steps)
-    readers = {slot: trial.seed for slot, trial in enumerate(asked)}
-    make = Rows(bank, readers, length=chosen.length, pad_id=base.tokenizer.pad_token_id, tokens=args.tokens)
+    optimizer = PackedAdamW(bank)
+    for slot, trial in enumerate(asked):
+        optimizer.join(slot, Train(lr=trial.lr * chosen.lr_factor), steps)
+    pad_id = base.tokenizer.pad_token_id
+    stepper = stepper_of(bank, own, loss, length=chosen.length, pad_id=pad_id, tokens=args.tokens)
     begin = time.monotonic()
     for step in range(steps):
         read = {seed: data.train.take(chosen.batch_size) for seed, data in sets.items()}
-        targets = {slot: sum(s.targets for s in read[seed]) for slot, seed in readers.items()}
-        got = losses(own, bank, loss, make.batches(read), targets, step)
+        samples = {slot: read[trial.seed] for slot, trial in enumerate(asked)}
+        losses = stepper.gradients(samples, dict.fromkeys(samples, step))
         optimizer.step()
         if step % 50 == 0 or step == steps - 1:
-            mean = sum(got.values()) / len(got)
+            mean = sum(losses().values()) / len(asked)
             print(f"{name} step {step + 1}/{steps} mean loss {mean:.4f} {time.monotonic() - begin:.0f} s", flush=True)
     seconds = time.monotonic() - begin
     bare_lm = (own, bank, base, args)
@@ -160,17 +163,10 @@ def answered(
     model: Any, bank: Bank, slot: int, samples: list[Sample], base: FrozenBase, args: Any
 ) -> np.ndarray[Any, Any]:
     """Which samples a slot gets right."""
-    classifier = Classifier(bank, encoder=True, packed=True)
-    numbered = [Sample(s.tokens, s.trained, n, s.label) for n, s in enumerate(samples)]
-    right = np.zeros(len(samples), dtype=bool)
-    rows = Rows(bank, {slot: 0}, length=128, pad_id=base.tokenizer.pad_token_id, tokens=args.tokens)
-    for at in range(0, len(numbered), 1024):
-        for batch in rows.batches({0: numbered[at : at + 1024]}):
-            with torch.no_grad(), bank.routed(batch.slot_BT, position_BT=batch.position_BT.to(args.device)):
-                scored = classifier.score(model, batch.to(args.device))
-            said = scored.logits_PC.argmax(1) == scored.label_P
-            right[scored.sample_P.cpu().numpy()] = said.cpu().numpy()
-    return right
+    classifier, pad_id = Classifier(bank, encoder=True, packed=True), base.tokenizer.pad_token_id
+    stepper = stepper_of(bank, model, classifier, length=128, pad_id=pad_id, tokens=args.tokens)
+    said = predict(stepper, classifier, slot, samples)
+    return (said.predicted_N == said.label_N).numpy()
 
 
 def trained(bank: Bank, slot: int) -> int:

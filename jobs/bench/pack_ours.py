@@ -159,7 +159,7 @@ def ours(args: argparse.Namespace) -> None:
         for text in args.sizes.split(","):
             side.fresh()
             try:
-                step = side.solo(text) if slots == 1 else side.packed(text)
+                step: Any = side.solo(text) if slots == 1 else side.packed(text)
                 seconds, count = timed(step, args.seconds, side.sync)
                 row = {**_row(args, text, slots, seconds, count, side.gib), "join_s": join}
             except torch.OutOfMemoryError as error:

@@ -181,19 +181,28 @@ def table(args: argparse.Namespace) -> str:
         ]
         missing = len(rows) - len(solos)
         if missing:
-            lines += ["", f"{missing} trials were not run one by one; the mean of the others stands for each."]
+            lines += [
+                "",
+                f"{missing} trials were not run one by one; they are computed from the others' start-up and steps.",
+            ]
     return "\n".join(lines) + "\n"
 
 
 def _one_by_one(rows: list[dict[str, Any]], solos: Mapping[str, dict[str, Any]]) -> tuple[float, float]:
     """Seconds of all trials one by one: to the end, and as far as the search took them."""
-    full, stopped = [], []
+    ones = solos.values()
+    around = statistics.mean(one["wall_s"] - one["train_s"] for one in ones)
+    step_s = sum(one["train_s"] for one in ones) / sum(max(1, one["step"] - 1) for one in ones)
+    full = stopped = 0.0
     for row in rows:
-        if one := solos.get(row["trial"]):
-            full.append(one["wall_s"])
-            stopped.append(one["wall_s"] - one["train_s"] * (1 - row["step"] / max(1, one["step"])))
-    scale = len(rows) / len(full)
-    return scale * sum(full), scale * sum(stopped)
+        one = solos.get(row["trial"]) or {
+            "wall_s": around + step_s * row["total"],
+            "train_s": step_s * row["total"],
+            "step": row["total"],
+        }
+        full += one["wall_s"]
+        stopped += one["wall_s"] - one["train_s"] * (1 - row["step"] / max(1, one["step"]))
+    return full, stopped
 
 
 def _shares(

@@ -135,7 +135,7 @@ def search_file(args: argparse.Namespace, name: str) -> Path:
         "objective": ["accuracy", "parameters"] if name == "search" else ["accuracy"],
         "cluster": {"gpus_per_worker": int(args.device == "cuda")},
     }
-    path = args.out / f"{name}.yaml"
+    path: Path = args.out / f"{name}.yaml"
     path.write_text(json.dumps(values, indent=2))  # JSON is YAML
     return path
 

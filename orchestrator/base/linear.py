@@ -196,12 +196,19 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 
 def dense_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The own parameters of any module, dense, fp32, on the CPU: a linear's weight [O, I], its bias [O]; copies."""
+    """The own parameters of any module, dense, fp32, on the CPU: a linear's weight [O, I], its bias [O]; copies.
+
+    Those of an empty model stay empty.
+    """
     with gathered(module):
-        found = {n: p.data.float().cpu().clone() for n, p in module.named_parameters(recurse=False)}
+        found = {n: _to_cpu(p.data.float()).clone() for n, p in module.named_parameters(recurse=False)}
     if isinstance(module, Linear):
-        found = {n: p for n, p in found.items() if n == "bias"} | {"weight": dense_weight(module).cpu()}
+        found = {n: p for n, p in found.items() if n == "bias"} | {"weight": _to_cpu(dense_weight(module))}
     return found
+
+
+def _to_cpu(value: Tensor) -> Tensor:
+    return value if value.is_meta else value.cpu()
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:

@@ -223,8 +223,6 @@ def _method(run: Run) -> Iterator[Problem]:
             yield "base.quantize", f"{run.base.quantize}: {why}; take base.quantize: none, or another method"
         if run.cluster.zero.stage == 3:
             yield "cluster.zero.stage", f"stage 3: {why}; take stage auto, 0, 1 or 2, or another method"
-    if getattr(run.method, "choose", None) == "fisher" and run.task.type == "classification":
-        yield "method.choose", "fisher takes next-token losses; a classification takes magnitude or random"
 
 
 def _name(run: Run) -> Iterator[Problem]:

@@ -48,7 +48,7 @@ def _token_hint(address: str | None) -> str:
 
 
 def describe(address: str | None = None) -> dict[str, Any]:
-    """Nodes, CPUs, GPUs and versions of the cluster.
+    """Nodes, CPUs, GPUs, their kinds as far as Ray knows them, and versions of the cluster.
 
     Raises:
         ClusterError: it cannot be joined.
@@ -59,6 +59,7 @@ def describe(address: str | None = None) -> dict[str, Any]:
         "nodes": sum(1 for node in ray.nodes() if node["Alive"]),
         "cpus": total.get("CPU", 0.0),
         "gpus": total.get("GPU", 0.0),
+        "accelerators": sorted(k.partition(":")[2] for k in total if k.startswith("accelerator_type:")),
         "ray": ray.__version__,
         "python": platform.python_version(),
     }

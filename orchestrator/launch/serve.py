@@ -18,7 +18,8 @@ from ray import serve as ray_serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 
 from orchestrator.config import Serving
-from orchestrator.errors import ClusterError, MantaError, ServeError
+from orchestrator.config.load import load_serving
+from orchestrator.errors import ClusterError, ConfigError, MantaError, ServeError
 from orchestrator.launch.cluster import join, restore_error, worker_env
 from orchestrator.serve.deltas import is_folder
 
@@ -144,6 +145,21 @@ def serve(config: Serving, *, block: bool = True, address: str | None = None) ->
         _wait()
         endpoint.stop()
     return endpoint
+
+
+def app(args: Mapping[str, Any]) -> Any:
+    """The endpoint as a Ray Serve application, for ``serve deploy`` and KubeRay: ``orchestrator.launch.serve:app``.
+
+    ``args`` are the keys of ``Serving`` without those that say how it is reached, which is in Ray Serve's config.
+
+    Raises:
+        ConfigError: with every mistake in ``args``.
+    """
+    if theirs := [key for key in ("name", "host", "port") if key in args]:
+        raise ConfigError(f"args: {', '.join(theirs)} cannot be set here; Ray Serve's config says how it is reached")
+    config = load_serving(None, [f"{key}={json.dumps(value)}" for key, value in args.items()])
+    # A number is taken as it is: the node with the GPU may come only because the application asks for it.
+    return _application(_absolute(config), _gpus(config) if config.gpus == "auto" else config.gpus)
 
 
 def _run(config: Serving) -> Endpoint:

@@ -21,7 +21,7 @@ from orchestrator.methods.method import Method
 from orchestrator.methods.route import Route
 from orchestrator.methods.scope import Scope
 from orchestrator.methods.slot import Part, Slot, generator
-from orchestrator.methods.stack import Stack
+from orchestrator.methods.stack import Stack, zero_in_place
 from orchestrator.methods.table import HEAD, method_of
 from orchestrator.methods.wiring import Site, Wiring, hash_ints
 
@@ -31,7 +31,7 @@ class Bank:
 
     Args:
         model: the loaded base; an empty one will do to look at sizes.
-        device: where the activations are.
+        device: where the activations are; ``meta`` on an empty base to rehearse a pass.
         base_id: name of the base, for the deltas' own configs.
         source: a linear's weight before quantization, for starts that need it.
         encode: token ids of a text, for starts that need them.
@@ -266,6 +266,10 @@ class Bank:
         slots = self._slots.values() if slot is None else [self._slots[slot]]
         return {n: p for here in slots if here.foreign for n, p in here.foreign.parameters.items()}
 
+    def held(self) -> list[Tensor]:
+        """The stacks' tensors, trained or not, and what hooks need beside them."""
+        return self._wiring.held()
+
     def hand_out_gradients(self) -> None:
         """After backward (and the sum over ranks): each parameter gets its part of its leaf's gradient."""
         for stack in self._stacks():
@@ -274,12 +278,7 @@ class Bank:
     def zero_grad(self, *, keep: bool = False) -> None:
         """Forget all gradients; with ``keep`` they become zeros where they are, and stay there."""
         if keep:
-            leaves = list(self.leaves().values())
-            for leaf in leaves:
-                if leaf.grad is None:
-                    leaf.grad = torch.empty_like(leaf)
-            if grads := [leaf.grad for leaf in leaves if leaf.grad is not None]:
-                torch._foreach_zero_(grads)
+            zero_in_place(self.leaves().values())
             return
         for stack in self._stacks():
             stack.zero_grad()
@@ -379,7 +378,8 @@ class Bank:
         for name, value in values.items():
             trained = part.method.trained(part.knobs, name, tuple(value.shape))
             here.stacks.setdefault(name, Stack()).put(slot, self._own(value), trained)
-        constants = {} if self._empty else part.method.constants(part.knobs, here.name, self.scope)
+        sizes_only = self._empty and self.device.type != "meta"
+        constants = {} if sizes_only else part.method.constants(part.knobs, here.name, self.scope)
         for name, value in constants.items():
             here.constants.setdefault(name, Stack()).put(slot, self._own(value), None)
         self._wiring.changed(here.name)

@@ -1,5 +1,8 @@
 """Storage of one tensor of one site for all slots that have it: a single leaf, so that one kernel serves all."""
 
+from collections.abc import Iterable
+
+import torch
 from torch import Tensor, nn
 
 Shape = tuple[int, ...]
@@ -94,3 +97,14 @@ def window(leaf: Tensor, row: int, shape: Shape) -> Tensor:
     for dim, size in enumerate(shape):
         part = part.narrow(dim, 0, size)
     return part
+
+
+def zero_in_place(leaves: Iterable[Tensor]) -> None:
+    """Gradients become zeros where they are, and stay there; those that are missing are made."""
+    grads = []
+    for leaf in leaves:
+        if leaf.grad is None:
+            leaf.grad = torch.empty_like(leaf)
+        grads.append(leaf.grad)
+    if grads:
+        torch._foreach_zero_(grads)

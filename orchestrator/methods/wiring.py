@@ -79,6 +79,12 @@ class Wiring:
         if not self.sites.get(site, True):
             del self.sites[site]
 
+    def held(self) -> list[Tensor]:
+        """See ``Bank.held``."""
+        kinds = (here for kinds in self.sites.values() for here in kinds.values() if not here.borrowed)
+        stacks = (stack for here in kinds for stack in (*here.stacks.values(), *here.constants.values()))
+        return [stack.leaf for stack in stacks if stack.leaf is not None]
+
     def params(self, here: Site, group: Group, route: Route) -> Params:
         """A site's tensors of the slots in a group."""
         slots = list(here.knobs)

@@ -221,4 +221,5 @@ def timeline(study: Study) -> Any:
     lines = sorted({line for own in bars.values() for line, *_ in own}, reverse=True)
     figure = _figure(traces, height=130 + 26 * len(lines), barmode="overlay", xaxis_title="seconds since the start")
     figure.update_layout(yaxis={"categoryorder": "array", "categoryarray": lines}, margin={"l": 120})
+    figure.update_xaxes(rangemode="tozero")
     return figure

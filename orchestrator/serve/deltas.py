@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from orchestrator.config import Identity
+from orchestrator.config import Classification, Identity
 from orchestrator.data.batch import NO_SLOT
 from orchestrator.delta import Delta, check_base, load_delta
 from orchestrator.errors import DeltaError, MantaError, MethodError, RegistryError, ServeError
@@ -236,11 +236,15 @@ class Deltas:
             return self._held[key]
         for warning in check_base(delta.manifest, self._identity):
             log.warning("%s: %s", label, warning)
+        if _classifies(delta):
+            raise MethodError(
+                f"{label} is a classification delta: it gives labels, and an endpoint gives texts; `manta eval` runs it"
+            )
         knobs = _knobs(delta)
         if not method_of(knobs).mixes:
             raise MethodError(
                 f"{label}: the method {knobs.type} is the peft library's own modules, which cannot stand beside other "
-                "deltas; serve it as a LoRA (manta deltas export --lora) or with peft"
+                "deltas; `manta eval` runs it, and the peft library serves or merges it"
             )
         held = Held(key, next(self._slots), label, delta.sha256)
         tensors = from_files(knobs, None, delta.tensors, self._bank.scope)
@@ -277,6 +281,12 @@ def is_folder(entry: str) -> bool:
 def _folder_key(delta: Delta) -> str:
     rest = [delta.peft_config, delta.manifest.model_dump(mode="json") if delta.manifest else None]
     return f"{delta.sha256}-{hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def _classifies(delta: Delta) -> bool:
+    if delta.manifest is not None:
+        return isinstance(delta.manifest.task, Classification)
+    return delta.peft_config.get("task_type") == "SEQ_CLS"
 
 
 def _knobs(delta: Delta) -> Any:

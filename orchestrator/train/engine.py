@@ -6,9 +6,9 @@ all, so it could not keep trials apart).
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,8 @@ from orchestrator.base.model import decoder_layers
 from orchestrator.config import Zero
 from orchestrator.errors import TrainError
 from orchestrator.train.zero import deepspeed_config
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -131,6 +133,21 @@ class Engine:
         value = torch.tensor([code], device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value.item())
+
+    def agree(self, do: Callable[[], T]) -> T:
+        """Do it on every rank; where it fails on one, it fails on all.
+
+        Raises:
+            TrainError: it failed on another rank; here what it failed with.
+        """
+        failure: Exception | None = None
+        try:
+            made = do()
+        except Exception as e:
+            failure = e
+        if self.most(int(failure is not None)):
+            raise failure or TrainError("another worker failed at this; its log says why")
+        return made
 
     def share(self, text: str | None) -> str | None:
         """The first rank's text, on every rank; of none only that there is none."""

@@ -6,10 +6,13 @@ from typing import Any
 import torch
 
 from orchestrator.config import Lora, Method, Run, Task
+from orchestrator.data import Prepared
 from orchestrator.delta import Delta
 from orchestrator.errors import MethodError
 from orchestrator.methods import Bank, from_files, method_of
 from orchestrator.train.checkpoint import Restored
+from orchestrator.train.fisher import first_loss, fisher
+from orchestrator.train.setup import Ground
 from orchestrator.train.task import knobs_of
 
 Measure = Callable[[list[str], int], dict[str, torch.Tensor]]
@@ -45,6 +48,20 @@ def fill_slot(
     tensors = from_files(knobs, task, delta.tensors, bank.scope)
     bank.add(slot, knobs, seed=run.train.seed, tensors=tensors, task=task)
     return bank.knobs(slot)
+
+
+def importance_of(ground: Ground, run: Run, data: Prepared, slot: int) -> Measure:
+    """The Fisher information of a run's own data; every rank must call it. The slot is empty, before and after."""
+
+    def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
+        start = first_loss(
+            ground.bank, ground.model, run.method, data.task, seed=run.train.seed, encoder=ground.encoder, slot=slot
+        )
+        with start as loss:
+            base, scope = ground.base.model, ground.bank.scope
+            return fisher(base, ground.engine, loss, data.train, sites=sites, scope=scope, count=count)
+
+    return measure
 
 
 _LEARNING = {"type", "dropout", "lr_ratio", "rechoose_every", "rechoose_share"}

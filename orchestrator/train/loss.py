@@ -53,6 +53,8 @@ def cross_entropy_(logits_CV: Tensor, labels_C: Tensor) -> Tensor:
 
     Both are zero in rows whose label is ``IGNORE``.
     """
+    if logits_CV.is_meta:  # a rehearsal of the kernel, which needs no memory beside its result
+        return logits_CV.new_empty(len(logits_CV), dtype=torch.float32)
     if logits_CV.is_cuda:
         from orchestrator.base import loss_kernel  # triton comes with torch's CUDA builds alone
 
@@ -76,13 +78,13 @@ def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labels = batch.labels_BT.flatten()
     at_N = (labels != IGNORE).nonzero().squeeze(1)  # here, where there is nothing yet for the device to wait for
-    with _loss_in_place_of_logits(head(model), at_N, labels[at_N]):
+    with loss_in_place_of_logits(head(model), at_N, labels[at_N]):
         return _call(model, batch), batch.slot_BT.flatten()[at_N.to(batch.slot_BT.device)]
 
 
 def fixed_loss(model: Any, batch: Batch, attention_mask: Tensor | None = None) -> Tensor:
     """The same losses, of every token [B T]: zero where a token is no target. No shape depends on a value."""
-    with _loss_in_place_of_logits(head(model), None, batch.labels_BT.reshape(-1)):
+    with loss_in_place_of_logits(head(model), None, batch.labels_BT.reshape(-1)):
         return _call(model, batch, attention_mask=attention_mask)
 
 
@@ -101,7 +103,7 @@ def _call(model: Any, batch: Batch, **options: Any) -> Tensor:
 
 
 @contextmanager
-def _loss_in_place_of_logits(module: Any, at_N: Tensor | None, labels_N: Tensor) -> Iterator[None]:
+def loss_in_place_of_logits(module: Any, at_N: Tensor | None, labels_N: Tensor) -> Iterator[None]:
     """The head returns the losses of the tokens at these places, or of all; the hooks around it, such as DeepSpeed's
     gathering, stay."""
 

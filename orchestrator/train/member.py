@@ -17,8 +17,7 @@ from orchestrator.errors import ConfigError, MethodError
 from orchestrator.methods import head_parameters, method_of
 from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier
-from orchestrator.train.fill import fill_slot
-from orchestrator.train.fisher import fisher
+from orchestrator.train.fill import fill_slot, importance_of
 from orchestrator.train.loss import plain_loss
 from orchestrator.train.pack_step import PackStepper, Rows
 from orchestrator.train.packed_adamw import Course, PackedAdamW
@@ -93,10 +92,15 @@ class Door:
             DataError: its records are bad.
             TrainError: the ranks read different data.
         """
-        run = Run.model_validate(given)
-        self._check(run)
-        data = first_rank_first(self.ground.engine, lambda: self.shelf.prepared(run))
-        self.ground.engine.same("data", data.digest)
+        engine = self.ground.engine
+
+        def read() -> tuple[Run, Prepared]:
+            run = Run.model_validate(given)
+            self._check(run)
+            return run, self.shelf.prepared(run)
+
+        run, data = engine.agree(lambda: first_rank_first(engine, read))
+        engine.same("data", data.digest)
         return run, data
 
     def admit(self, trial: str, slot: int, run: Run, data: Prepared, restored: Restored | None) -> Member:
@@ -110,10 +114,7 @@ class Door:
         bank, engine = self.ground.bank, self.ground.engine
         if restored:
             check_base(restored.delta.manifest, self.ground.origin.identity)
-
-        def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
-            return fisher(self.ground.model, engine, plain_loss, data.train, sites=sites, scope=bank.scope, count=count)
-
+        measure = importance_of(self.ground, run, data, slot)
         knobs = fill_slot(bank, slot, run, data.task, restored, None, measure)
         engine.broadcast(list(bank.windows(slot).values()), rank=0)  # singular vectors may differ between machines
         self.stepper.rows[slot] = Rows(run.data.length, run.data.packing and self.found.packs)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -11,7 +11,8 @@ import torch
 
 from orchestrator.base import load_tokenizer
 from orchestrator.config import Classification, Lora, Run
-from orchestrator.errors import CheckpointError, OutOfMemoryError
+from orchestrator.data import Sample
+from orchestrator.errors import CheckpointError, MantaError, OutOfMemoryError
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.desk import Lease, Orders
 from orchestrator.train.loss import causal_lm_loss, plain_loss
@@ -161,19 +162,22 @@ class Pack:
 
     def _look(self) -> None:
         self._looked_at = time.monotonic()
-        if self.reporter.preempted():
+        if self.engine.most(int(self.reporter.preempted())):
             for member in list(self.members.values()):
                 self._save(member)
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
     def _join(self, lease: Lease) -> None:
+        if len(self.members) >= self.capacity:  # memory has shown it to be less than was asked for
+            self._tell(lease.trial, "left", {"step": 0, "reason": "the pack is full"})
+            return
         slot, self._next_slot = self._next_slot, self._next_slot + 1
         member, cost, problem = None, {}, None
         try:
             run, data = self.door.prepare(lease.run)
             with self.reporter.restored(lease.trial) as folder:
-                restored = self.door.read(folder, run.name)
+                restored = self.engine.agree(partial(self.door.read, folder, run.name))
             member = self.door.admit(lease.trial, slot, run, data, restored)
             cost = self.door.cost(member)
         except torch.AcceleratorError:
@@ -196,7 +200,7 @@ class Pack:
         self.door.dismiss(slot)
         self.ground.bank.zero_grad()
         _free_memory(self.engine.device)
-        reason = str(problem) if problem else "it failed on another worker"
+        reason = str(problem) or type(problem).__name__ if problem else "it failed on another worker"
         if code == 2 and self.members:
             self._shrink(len(self.members), f"{lease.trial} did not fit beside {len(self.members)} others")
             self._tell(lease.trial, "left", {"step": 0, "reason": "out of memory: it waits for another slot"})
@@ -242,12 +246,7 @@ class Pack:
 
     def _step(self) -> None:
         begin = time.perf_counter()
-        for member in self.members.values():
-            member.cursor = member.source.state()
-        by_slot = {m.slot: m for m in self.members.values()}
-        samples = take(
-            {s: m.source for s, m in by_slot.items()}, {s: m.run.train.batch_size for s, m in by_slot.items()}
-        )
+        samples = self._take()
         losses = self._train(samples)
         if losses is None:
             return
@@ -268,6 +267,18 @@ class Pack:
                 self._end(member, member.why)
             elif due:
                 self._save(member)
+
+    def _take(self) -> dict[int, list[Sample]]:
+        """Everyone's next samples; a trial that meets a bad record ends."""
+        samples: dict[int, list[Sample]] = {}
+        taken: dict[str, list[Sample]] = {}
+        for member in list(self.members.values()):
+            member.cursor = member.source.state()
+            try:
+                samples[member.slot] = take(member.source, member.run.train.batch_size, taken)
+            except MantaError as e:
+                self._end(member, "failed", str(e))
+        return samples
 
     def _tell_step(self, member: Member, update: Mapping[str, float], seconds: float) -> None:
         course = member.course
@@ -305,7 +316,7 @@ class Pack:
 
     # -- memory -------------------------------------------------------------------------------------------------------
 
-    def _train(self, samples: dict[int, Any]) -> Callable[[], dict[int, float]] | None:
+    def _train(self, samples: Mapping[int, Sequence[Sample]]) -> Callable[[], dict[int, float]] | None:
         """Gradients of all; trials that do not fit any more leave. None where none is left."""
         while self.members:
             steps = {m.slot: m.course.step for m in self.members.values()}

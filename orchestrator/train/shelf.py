@@ -1,7 +1,6 @@
 """The samples of a pack's trials: what reads the same records shares their tokens, and one step's samples."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,18 +32,22 @@ class Shelf:
         return self._prepared.pop(key)  # a stream is read by one
 
 
-def take(sources: Mapping[int, SampleSource], counts: Mapping[int, int]) -> dict[int, list[Sample]]:
-    """The next samples of each slot; one list for all that are at the same place of the same order."""
-    taken: dict[int, list[Sample]] = {}
-    seen: dict[str, list[Sample]] = {}
-    for slot, source in sources.items():
-        if not isinstance(source, Shuffled):
-            taken[slot] = source.take(counts[slot])
-            continue
-        key = json.dumps([source.state(), counts[slot], [id(store) for store in source.stores]])
-        if key in seen:
-            source.load_state({**source.state(), "position": source.position + counts[slot]})
-        else:
-            seen[key] = source.take(counts[slot])
-        taken[slot] = seen[key]
-    return taken
+def take(source: SampleSource, count: int, taken: dict[str, list[Sample]]) -> list[Sample]:
+    """The next samples; one list for all sources that are at the same place of the same order.
+
+    Args:
+        source: whose.
+        count: how many.
+        taken: of this step so far; is added to.
+
+    Raises:
+        DataError: a streamed record is bad.
+    """
+    if not isinstance(source, Shuffled):
+        return source.take(count)
+    key = json.dumps([source.state(), count, [id(store) for store in source.stores]])
+    if key in taken:
+        source.load_state({**source.state(), "position": source.position + count})
+    else:
+        taken[key] = source.take(count)
+    return taken[key]

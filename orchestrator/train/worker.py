@@ -11,8 +11,7 @@ from orchestrator.errors import OutOfMemoryError
 from orchestrator.methods import method_of
 from orchestrator.train.checkpoint import read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
-from orchestrator.train.fill import fill_slot
-from orchestrator.train.fisher import fisher
+from orchestrator.train.fill import fill_slot, importance_of
 from orchestrator.train.graph import Graphs
 from orchestrator.train.loop import Loop
 from orchestrator.train.loss import causal_lm_loss, plain_loss
@@ -64,10 +63,7 @@ def work(run: Run, place: Place, reporter: Reporter, *, start: Path | None = Non
             reporter.event("warning", {"text": warning})
     ground = load(run, engine, origin)
     bank, model = ground.bank, ground.model
-
-    def measure(sites: list[str], count: int) -> dict[str, torch.Tensor]:
-        return fisher(model, engine, plain_loss, data.train, sites=sites, scope=bank.scope, count=count)
-
+    measure = importance_of(ground, run, data, SLOT)
     knobs = fill_slot(bank, SLOT, run, data.task, restored, parent, measure)
     engine.broadcast(list(bank.windows(SLOT).values()), rank=0)  # singular vectors may differ between machines
     if run.train.recompute:
