@@ -201,7 +201,7 @@ def test_a_budget_of_tokens_ends_a_search_of_two_objectives(cluster: str, tmp_pa
 def test_a_full_disk_stops_the_search_and_loses_nothing(cluster: str, undisturbed: Study, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "storage", "48m") as grow:
         full = Once(half_way, lambda: fill(tmp_path / "storage" / "ballast"))
-        with pytest.raises(CheckpointError, match="(?i)no space left") as told:
+        with pytest.raises(CheckpointError, match=r"(?i)no space left") as told:
             tune(searched(tmp_path, *LONG), listen=full)
         found = str(told.value).split("--resume ")[1].split()[0]
         assert not any(row.state == "failed" for row in Study.load(found).rows.values())
