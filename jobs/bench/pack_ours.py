@@ -18,6 +18,7 @@ from orchestrator.methods import Bank
 from orchestrator.train.engine import Engine
 from orchestrator.train.graph import Graphs
 from orchestrator.train.loss import causal_lm_loss
+from orchestrator.train.pack_step import PackStepper, Rows
 from orchestrator.train.packed_adamw import PackedAdamW
 from orchestrator.train.step import Layout, Stepper
 from orchestrator.train.trial import Trial
@@ -103,16 +104,16 @@ class Ours:
     def packed(self, text: str) -> Callable[[], Mapping[int, float]]:
         """A step of all slots of the bank, as a pack does it."""
         size, source, slots = Size.of(text), self.source(text), self.bank.slots
-        rows = max(1, self.args.pass_tokens // size.length)
-        layout = Layout(size.length, rows, packing=True, pad_id=self.tokenizer.pad_token_id)
-        stepper = Stepper(self.model, self.bank, self.engine, causal_lm_loss, layout)
+        pad_id, tokens = self.tokenizer.pad_token_id, self.args.pass_tokens
+        stepper = PackStepper(self.model, self.bank, self.engine, causal_lm_loss, tokens=tokens, pad_id=pad_id)
+        stepper.rows = dict.fromkeys(slots, Rows(size.length, packing=True))
         optimizer = PackedAdamW(self.bank)
         for slot in slots:
             optimizer.join(slot, self.train, TOTAL)
 
         def step() -> Mapping[int, float]:
             steps = {slot: optimizer.courses[slot].step for slot in slots}
-            losses = stepper.start({slot: source.take(size.rows) for slot in slots}, steps)
+            losses = stepper.gradients({slot: source.take(size.rows) for slot in slots}, steps)
             optimizer.step()
             return losses()
 

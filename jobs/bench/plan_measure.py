@@ -4,6 +4,7 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from orchestrator.methods import Bank
 from orchestrator.train.engine import Engine
 from orchestrator.train.graph import Graphs
 from orchestrator.train.loss import causal_lm_loss
+from orchestrator.train.packed_adamw import PackedAdamW
 from orchestrator.train.step import Layout, Stepper
 from orchestrator.train.trial import Trial
 
@@ -109,16 +111,14 @@ def _one(model: Any, case: Case, device: torch.device) -> dict[str, Any]:
             graphs = Graphs(model, bank, device=device, length=case.length, warn=print)
         layout = Layout(case.length, rows, case.packed, 0)
         stepper = Stepper(model, bank, engine, causal_lm_loss, layout, graphs)
-        trials = {slot: Trial(bank, engine, slot, train, 1000) for slot in bank.slots}
+        step = _step_of(stepper, train)
         samples = {slot: _samples(case, slot, model.config.vocab_size) for slot in bank.slots}
         if cuda:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         for _ in range(STEPS):
             begin = time.perf_counter()
-            stepper.train(samples, {slot: trial.step for slot, trial in trials.items()})
-            for trial in trials.values():
-                trial.update()
+            step(samples)
             if cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
@@ -136,6 +136,28 @@ def _one(model: Any, case: Case, device: torch.device) -> dict[str, Any]:
         "device_used": torch.cuda.mem_get_info()[1] - torch.cuda.mem_get_info()[0] if cuda else 0,
         "seconds": statistics.median(seconds[-2:]),
     }
+
+
+def _step_of(stepper: Stepper, train: Train) -> Callable[[dict[int, list[Sample]]], None]:
+    """As a run trains one slot, and a pack several."""
+    slots = stepper.bank.slots
+    if len(slots) == 1:
+        trial = Trial(stepper.bank, stepper.engine, slots[0], train, 1000)
+
+        def alone(samples: dict[int, list[Sample]]) -> None:
+            stepper.train(samples, {slots[0]: trial.step})
+            trial.update()
+
+        return alone
+    optimizer = PackedAdamW(stepper.bank)
+    for slot in slots:
+        optimizer.join(slot, train, 1000)
+
+    def together(samples: dict[int, list[Sample]]) -> None:
+        stepper.gradients(samples, {slot: optimizer.courses[slot].step for slot in slots})
+        optimizer.step()
+
+    return together
 
 
 def _samples(case: Case, slot: int, vocabulary: int) -> list[Sample]:
