@@ -88,7 +88,7 @@ def deal(rows: Sequence[Row], *, rank: int, ranks: int, rows_per_pass: int, pad_
     """
     order = sorted(rows, key=lambda r: -r.size)
     passes = -(-len(order) // (ranks * rows_per_pass))
-    cuts = [len(order) * p // passes for p in range(passes + 1)]
+    cuts = [len(order) * p // passes for p in range(passes + 1)] if passes else []
     groups = [order[begin:end] for begin, end in pairwise(cuts)]
     return [_dealt(group, rank=rank, ranks=ranks, pad_id=pad_id) for group in groups]
 
