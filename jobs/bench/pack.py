@@ -57,9 +57,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="8b,1b", help="bases (default: 8b,1b)")
     parser.add_argument("--sizes", default=",".join(SIZES), help="sequences x tokens of a trial's step")
-    parser.add_argument(
-        "--slots", default=",".join(map(str, SLOTS)), help="trials of a pack (default: 8,16,32)"
-    )
+    parser.add_argument("--slots", default=",".join(map(str, SLOTS)), help="trials of a pack (default: 8,16,32)")
     parser.add_argument("--parts", help="what to measure now, such as peft-8b,ours-1b (default: all)")
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
     parser.add_argument("--pass-tokens", type=int, default=16384, help="tokens of a pack's forward pass")
