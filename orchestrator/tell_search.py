@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from orchestrator.config import Search
-from orchestrator.launch.pool import SLOTS_CPU, SLOTS_GPU
+from orchestrator.launch.sizing import SLOTS_CPU
 from orchestrator.launch.tune import SearchOutcome
 from orchestrator.search.lanes import lanes
 from orchestrator.search.points import dimensions, labels
@@ -53,6 +53,7 @@ def tell_plan(search: Search, console: Console | None = None) -> None:
     console.print(f"budget    {', '.join(f'{value:,} {key}' for key, value in budget.items()) or 'the whole grid'}")
     console.print(f"judged by {', '.join(o.metric for o in search.objective)}")
     asked = search.packs.slots
-    slots = f"{SLOTS_CPU} trials at once on CPUs, {SLOTS_GPU} on a GPU" if asked == "auto" else f"{asked} at once"
+    slots = f"{SLOTS_CPU} trials at once on CPUs, on a GPU as many as fit" if asked == "auto" else f"{asked} at once"
     for lane, alone in lanes(search).items():
         console.print(f"pack      {lane}: {'one trial after the other' if alone else slots}")
+    console.print("what fits where: manta plan, with the same file")

@@ -36,6 +36,7 @@ from orchestrator.config import (
     Zero,
 )
 from orchestrator.errors import ConfigError, OutOfMemoryError
+from orchestrator.launch.pool import Shape as PackShape
 from orchestrator.methods import Bank
 from orchestrator.plan import plan
 from orchestrator.plan_device import Device, find_device, read_bytes
@@ -244,6 +245,22 @@ def test_a_pack_is_as_large_as_memory_allows(folder):
     assert found.memory.needed <= 0.75 * GIB
     assert found.dearest.rank == 64, "the high end of the prior"
     assert pack_slots(one, round(0.75 * GIB), methods=[Lora(rank=4)]) > sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "budget", "slots"), [(("L4",), 64, 64), (("L4", "H100"), 5, 5), (("Abacus",), 64, 16), ((), 64, 16)]
+)
+def test_a_pack_on_a_cluster_is_sized_by_its_smallest_gpu(folder, kinds, budget, slots, monkeypatch, caplog):
+    offers = {"GPU": 1.0, **{f"accelerator_type:{kind}": 1.0 for kind in kinds}}
+    monkeypatch.setattr("ray.cluster_resources", lambda: offers)
+    one = search(folder, budget=budget)
+    made = PackShape.of(one, {"shared": False}, gpu=True)
+    assert (made.slots, made.count, made.gpu) == (slots, 1, 1.0)
+    assert made.tokens == (None if slots == 16 else size_pack(one, GPUS["l4"].memory).rows_per_pass * 128)
+    assert ("packs.slots gives another number" in caplog.text) == (slots == 16), "a guess is said to be one"
+    # Two lanes on one GPU have half of it each.
+    half = PackShape.of(one, {"shared": False, "last": False}, gpu=True)
+    assert half.gpu == 0.5
 
 
 def test_the_predicted_pack_is_what_a_rehearsal_of_all_its_slots_says(folder):

@@ -13,7 +13,8 @@ from orchestrator.errors import ConfigError
 from orchestrator.methods.last_layers import LastLayers
 from orchestrator.search.points import dimensions
 from orchestrator.search.priors import LEARNING_RATES, PRIORS, knob_priors
-from orchestrator.search.space import first_points, labels, lane, modes, trial_run
+from orchestrator.search.space import first_points, labels, modes, trial_run
+from orchestrator.train.lane import lane_of
 from tests.search_kit import WIDE, drawn, search_of
 
 ROOT = Path(__file__).parents[1]
@@ -219,21 +220,22 @@ def test_modes(tmp_path):
 @pytest.mark.parametrize(
     ("method", "quantize", "expected"),
     [
-        ("lora", "nf4", "packed"),
-        ("prefix", "nf4", "packed"),
-        ("{type: last_layers, layers: 2}", "none", "packed"),
-        ("{type: last_layers, layers: 2}", "nf4", "unquantized-2"),
-        ("{type: last_layers, layers: 3}", "int8", "unquantized-3"),
-        ("full", "none", "solo"),
-        ("{peft: {type: VERA}}", "none", "solo"),
+        ("lora", "nf4", "shared"),
+        ("prefix", "nf4", "shared"),
+        ("{type: last_layers, layers: 2}", "none", "shared"),
+        ("{type: last_layers, layers: 2}", "nf4", "last_layers2"),
+        ("{type: last_layers, layers: 3}", "int8", "last_layers3"),
+        ("full", "none", "alone"),
+        ("{peft: {type: VERA}}", "none", "alone"),
     ],
 )
 def test_lanes(method, quantize, expected):
     run = load_run(None, [f"method={method}", f"base.quantize={quantize}"])
-    assert lane(run) == expected
+    lane = lane_of(run).partition("-")[0]
+    assert lane == expected
     # The layers that the method itself asks to be held unquantized, of a base of 24.
     if run.method.type == "last_layers" and quantize != "none":
-        assert lane(run).endswith(f"-{len(LastLayers().unquantized(run.method, 24))}")
+        assert lane.endswith(str(len(LastLayers().unquantized(run.method, 24))))
 
 
 @pytest.mark.parametrize("name", ["search.yaml", "search-classify.yaml"])

@@ -46,7 +46,8 @@ def _work(config: dict[str, Any]) -> None:
     desk, name = config["desk"], config["pack"]
     if place.rank == 0:
         ray.get(desk.hello.remote(name, config["lane"]))
-    slots, tokens = ray.get(desk.limits.remote(name))
+    slots, tokens = ray.get(desk.limits.remote(name))  # where memory has shown them
+    tokens = tokens or config["tokens"]
     limits = Limits(slots=slots or config["slots"], **({"tokens": tokens} if tokens else {}))
     reporter = RayPackReporter(desk, name, TrialStore(config["store"]))
     pack(Run.model_validate(config["run"]), place, reporter, limits)

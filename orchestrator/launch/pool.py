@@ -15,13 +15,12 @@ from ray.train.torch import TorchConfig
 from orchestrator.config import Run, Search
 from orchestrator.launch.cluster import worker_env
 from orchestrator.launch.pack_worker import pack_worker
+from orchestrator.launch.sizing import Size, size_of
 from orchestrator.launch.train import PATIENCE_S, Trainer, without_uri
 from orchestrator.train.lane import pack_run
 
 _log = logging.getLogger(__name__)
 
-SLOTS_CPU, SLOTS_GPU = 8, 16
-"""Slots of a pack where the config says ``auto``."""
 _LOOK_S = 0.5
 
 
@@ -36,19 +35,23 @@ class Shape:
     """Packs of each lane."""
     gpu: float
     """Of one worker: a whole one, a share where there are fewer than packs, 0 on CPUs."""
+    tokens: int | None = None
+    """Of a pass of one rank; None for the pack's own default."""
 
     @classmethod
     def of(cls, search: Search, lanes: Mapping[str, bool], *, gpu: bool) -> "Shape":
         """As the config says, or as the cluster offers."""
-        asked = search.packs
-        slots = (SLOTS_GPU if gpu else SLOTS_CPU) if asked.slots == "auto" else asked.slots
         workers = search.cluster.workers.min
         gpus = int(ray.cluster_resources().get("GPU", 0)) if gpu else 0
-        count = max(1, gpus // workers) if asked.count == "auto" else asked.count
+        count = max(1, gpus // workers) if search.packs.count == "auto" else search.packs.count
+        on_one = -(-count * len(lanes) * workers // gpus) if gpus else 1
+        share = 1 / on_one if gpu else 0.0
+        packed = not all(lanes.values())  # else every trial is alone on its base
+        size = size_of(search, gpu=gpu, share=share) if packed else Size(1)
+        slots = size.slots
         if search.budget.trials:  # few trials are spread over the packs
             slots = min(slots, -(-search.budget.trials // count))
-        on_one = -(-count * len(lanes) * workers // gpus) if gpus else 1
-        return cls(lanes, slots, count, 1 / on_one if gpu else 0.0)
+        return cls(lanes, slots, count, share, size.tokens)
 
     def slots_of(self, lane: str) -> int:
         """Trials that a pack of the lane trains at once."""
@@ -127,6 +130,7 @@ class Pool:
                 "pack": pack,
                 "lane": lane,
                 "slots": self._shape.slots_of(lane),
+                "tokens": self._shape.tokens,
                 "desk": self._desk,
                 "store": f"{self._storage}/{self._id}/trials",
                 "run": without_uri(pack_run(run).model_dump(mode="json")),

@@ -116,17 +116,3 @@ def sampler(search: Search) -> BaseSampler:
 def modes(search: Search) -> dict[str, Mode]:
     """Metric of each objective, in order, and whether less or more of it is better."""
     return {o.metric: "max" if o.metric in HIGHER_IS_BETTER else "min" for o in search.objective}
-
-
-def lane(run: Run) -> str:
-    """Runs of one lane can share a base; those of ``solo`` share theirs with none.
-
-    ``packed``: any mix of methods that add to a frozen base. ``unquantized-<k>``: the last k layers are held
-    unquantized for it, which would change what other methods see; on a dense base these mix too.
-    """
-    method = run.method
-    if method.type in ("full", "peft"):
-        return "solo"
-    if method.type == "last_layers" and run.base.quantize != "none":
-        return f"unquantized-{method.layers}"
-    return "packed"

@@ -67,6 +67,7 @@ GPUS: dict[str, Gpu] = {
     )
 }
 _ALIASES = {"4090": "rtx4090", "3090": "rtx3090", "5090": "rtx5090", "a100-80gb": "a100", "rtx-a6000": "a6000"}
+_ALIASES |= {"a100-40g": "a100-40gb", "a100-80g": "a100"}  # as Ray calls them
 
 
 def find_gpu(name: str) -> Gpu:
