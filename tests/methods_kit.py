@@ -68,6 +68,12 @@ def packable() -> dict[str, Any]:
     return {name: knobs for name, knobs in CASES.items() if method_of(knobs).packs}
 
 
+def mixed() -> list[Any]:
+    """What one batch mixes: the packable cases, and of each kind of kernel that has one case, another slot beside it."""
+    more = [Lora(rank=2, alpha=3, dora=True), Norms(), Bottleneck(size=5, activation="gelu", scale=0.7)]
+    return [*packable().values(), *more]
+
+
 def loaded(folder: Path, quantize: str) -> Any:
     """The model, dense or quantized."""
     return load_base(Base(id=str(folder), quantize=quantize)).model

@@ -31,6 +31,7 @@ from tests.methods_kit import (
     bank_of,
     forward,
     loaded,
+    mixed,
     own,
     packable,
     shake,
@@ -135,7 +136,7 @@ def test_merging_into_the_dequantized_base_changes_nothing(case: str, quantize: 
 @pytest.mark.parametrize("quantize", HELD)
 def test_all_slots_at_once_equal_each_alone(quantize: str, folder: Path) -> None:
     """Forward and backward, every packable case and the bare base in one batch."""
-    cases = list(packable().values())
+    cases = mixed()
     model = loaded(folder, quantize)
     bank = bank_of(model)
     for slot, knobs in enumerate(cases):
@@ -166,7 +167,7 @@ def test_all_slots_at_once_equal_each_alone(quantize: str, folder: Path) -> None
 
 def test_a_slot_of_nan_stays_alone(folder: Path) -> None:
     """Each case in turn is broken; every other row, and every other slot's gradient, stays as it was."""
-    cases = list(packable().values())
+    cases = mixed()
     model = loaded(folder, "none")
     bank = bank_of(model)
     for slot, knobs in enumerate(cases):
