@@ -69,7 +69,7 @@ def packable() -> dict[str, Any]:
 
 
 def mixed() -> list[Any]:
-    """What one batch mixes: the packable cases, and of each kind of kernel that has one case, another slot beside it."""
+    """What one batch mixes: the packable cases, and a second slot of each kind of kernel that has one case."""
     more = [Lora(rank=2, alpha=3, dora=True), Norms(), Bottleneck(size=5, activation="gelu", scale=0.7)]
     return [*packable().values(), *more]
 
