@@ -213,14 +213,14 @@ def test_a_classification_needs_held_out_records(tmp_path):
     assert "mcc needs held-out records" in lines[0]
 
 
-def test_fisher_is_no_choice_of_a_classification(tmp_path):
+def test_fisher_is_a_choice_of_a_classification_too(tmp_path):
     (tmp_path / "my.jsonl").touch()
-    text = (
+    path = tmp_path / "search.yaml"
+    path.write_text(
         f"task: classification\ndata: {{train: {tmp_path}/my.jsonl, eval_fraction: 0.1}}\n"
         "methods: [{type: sparse, choose: {choice: [magnitude, fisher]}}]\n"
     )
-    (line,) = mistakes(tmp_path, text)
-    assert line.startswith('methods.0.choose (search.yaml:3): choice "fisher": fisher takes next-token losses')
+    assert load_search(path).methods[0]["choose"] == {"choice": ["magnitude", "fisher"]}
 
 
 def test_all_mistakes_at_once_each_at_its_line(tmp_path):
