@@ -138,9 +138,9 @@ def test_out_of_memory_makes_passes_smaller_and_goes_on(
     assert memory.most == 2
     assert [capacity for capacity, _ in desk.shrunk] == [4] * memory.failed
     assert [tokens for _, tokens in desk.shrunk] == [2048 >> n for n in range(memory.failed)]
-    assert desk.desk.tokens("pack") == desk.shrunk[-1][1]
+    assert desk.desk.limits("pack")[1] == desk.shrunk[-1][1]
     assert desk.desk.hello("pack", "") == 4, "a restart knows"
-    assert desk.desk.tokens("pack") == desk.shrunk[-1][1]
+    assert desk.desk.limits("pack")[1] == desk.shrunk[-1][1]
     assert any("out of memory" in values["text"] for t, kind, values in desk.heard if kind == "warning")
     for name, run in runs.items():
         assert_same(desk, name, train_here(run, tmp_path / "solo" / name))
