@@ -56,6 +56,20 @@ def test_a_withdrawn_trial_leaves_until_it_has_left(desk: Desk) -> None:
     assert kinds(desk) == [("a", "ended", "withdrawn")], "once"
 
 
+def test_a_withdrawn_trial_that_is_put_back_does_not_queue(desk: Desk) -> None:
+    desk.orders("p", 3)
+    desk.withdraw("a")
+    desk.tell("p", [("a", "left", {"step": 1, "reason": "out of memory"})])
+    assert kinds(desk) == [("a", "ended", "withdrawn")]
+    assert desk.orders("p", 3) == Orders()
+
+
+def test_a_lane_has_a_sample_when_its_queue_is_empty_again(desk: Desk) -> None:
+    """A pack that is about to start asks, while another one takes the last trial."""
+    desk.orders("p", 3)
+    assert desk.sample("packed") == {"name": "a"}
+
+
 def test_a_slot_that_is_left_is_filled_at_once(desk: Desk) -> None:
     desk.orders("p", 2)
     desk.withdraw("a")

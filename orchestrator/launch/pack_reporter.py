@@ -56,6 +56,7 @@ class RayPackReporter:
     def checkpoint(self, trial: str, step: int, write: Callable[[Path], None]) -> None:
         """Into the trial's folder, in place of the last one. A storage that takes none stops the search: no trial is
         to blame, and none could be kept."""
+        self.flush()  # a checkpoint is behind what was told: nobody would tell it again
         try:
             self._store.save(trial, step, write)
         except CheckpointError as e:

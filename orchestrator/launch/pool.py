@@ -44,7 +44,8 @@ class Shape:
         workers = search.cluster.workers.min
         gpus = int(ray.cluster_resources().get("GPU", 0)) if gpu else 0
         count = max(1, gpus // workers) if search.packs.count == "auto" else search.packs.count
-        on_one = -(-count * len(lanes) * workers // gpus) if gpus else 1
+        # Ranks of one pack that shared a GPU could not talk to each other (NCCL): of several, each has a whole one.
+        on_one = -(-count * len(lanes) // gpus) if gpus and workers == 1 else 1
         share = 1 / on_one if gpu else 0.0
         packed = not all(lanes.values())  # else every trial is alone on its base
         size = size_of(search, gpu=gpu, share=share) if packed else Size(1)
@@ -86,6 +87,9 @@ class Pool:
         keeper.start()
         try:
             yield
+        except BaseException as e:  # nobody decides any more, and trials are not to be trained to their ends first
+            self._desk.park.remote(f"the search broke off: {type(e).__name__}")
+            raise
         finally:
             ended.set()
             keeper.join()

@@ -12,7 +12,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from orchestrator.config.search import Search
+from orchestrator.config.search import HELD_OUT, Search
 from orchestrator.launch.trial import TrialActor, trial_id
 from orchestrator.search.propose import NUMBER, numbered_sampler, points, propose
 from orchestrator.search.study import Row, direction
@@ -62,7 +62,7 @@ def build_tuner(
         actor,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=_scheduler(search, metrics[0]),
+            scheduler=_scheduler(search),
             num_samples=-1 if trials is None else trials,
             max_concurrent_trials=at_once,
             reuse_actors=True,
@@ -84,15 +84,25 @@ class _Searcher(OptunaSearch):  # type: ignore[misc]
     """A trial whose actor was lost tells its evaluations twice; optuna keeps the first word and warns."""
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """As Ray's."""
+        """As Ray's; of a metric that is not known yet, a latency say, there is nothing to tell."""
+        if isinstance(self.metric, str) and self.metric not in result:
+            return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             super().on_trial_result(trial_id, result)
 
 
-def _scheduler(search: Search, metric: str) -> TrialScheduler:
-    """What stops trials; their time is told in tenths of their own length, each with an evaluation."""
-    asked, mode = search.scheduler, direction(metric)
+def _scheduler(search: Search) -> TrialScheduler:
+    """What stops trials; their time is told in tenths of their own length, each with an evaluation.
+
+    Trials are compared on the first held-out objective: by size or speed, which training does not change, the better
+    half of a front would be stopped at once.
+    """
+    asked = search.scheduler
+    if asked.type == "none":
+        return FIFOScheduler()
+    metric = next(o.metric for o in search.objective if o.metric in HELD_OUT)
+    mode = direction(metric)
     if asked.type == "asha":
         return AsyncHyperBandScheduler(
             time_attr="tenth",
@@ -103,9 +113,7 @@ def _scheduler(search: Search, metric: str) -> TrialScheduler:
             reduction_factor=asked.reduction,
             stop_last_trials=False,
         )
-    if asked.type == "median":
-        return MedianStoppingRule(time_attr="tenth", metric=metric, mode=mode, grace_period=asked.grace)
-    return FIFOScheduler()
+    return MedianStoppingRule(time_attr="tenth", metric=metric, mode=mode, grace_period=asked.grace)
 
 
 def _folder_name(trial: Any) -> str:

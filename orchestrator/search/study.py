@@ -223,8 +223,10 @@ class Study:
         return {metric: value for metric, value in known.items() if value is not None}
 
     def _watched(self) -> str:
-        """The held-out metric that picks a trial's best delta."""
-        return self.metrics[0] if self.metrics[0] in _MEASURED else "eval_loss"
+        """The held-out metric that picks a trial's best delta: as ``trial_run`` says it to the training."""
+        if "metric" in self.search.train.model_fields_set and self.search.train.metric in _MEASURED:
+            return self.search.train.metric
+        return next((metric for metric in self.metrics if metric in _MEASURED), "eval_loss")
 
     def _costs(self, row: Row) -> list[Any]:
         found = [(metric, row.value(metric)) for metric in self.metrics]
@@ -337,7 +339,9 @@ def append(folder: Path, events: Iterable[tuple[str, str, Mapping[str, Any]]]) -
     if lines:
         with (folder / "study.jsonl").open("a+b", buffering=0) as file:
             torn = file.tell() > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
-            file.write(b"\n" * torn + b"".join(json.dumps(line).encode() + b"\n" for line in lines))
+            rest = b"\n" * torn + b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+            while rest:  # a disk that fills up takes a part, and says so only when asked for more
+                rest = rest[file.write(rest) :]
             if any(line["kind"] == "ended" for line in lines):
                 os.fsync(file.fileno())  # what has ended stays ended, also where the machine goes down
     return at

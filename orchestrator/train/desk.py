@@ -70,6 +70,7 @@ class Desk:
 
     def __init__(self) -> None:
         self._queues: dict[str, deque[Lease]] = {}
+        self._samples: dict[str, dict[str, Any]] = {}
         self._packs: dict[str, _Pack] = {}
         self._leaving: set[str] = set()
         self._ended: set[str] = set()
@@ -89,6 +90,7 @@ class Desk:
         if reason := self._broken.get(lease.lane):
             self._end(lease.trial, {"why": "failed", "reason": reason})
             return
+        self._samples.setdefault(lease.lane, lease.run)
         self._queues.setdefault(lease.lane, deque()).append(lease)
 
     def withdraw(self, trial: str) -> None:
@@ -144,6 +146,9 @@ class Desk:
                 self._end(trial, dict(values))
                 continue
             if kind == "left" and (lease := here.held.pop(trial, None)):
+                if trial in self._leaving and not self._parking:  # nobody wants it back
+                    self._end(trial, {"why": "withdrawn"})
+                    continue
                 self._queues.setdefault(lease.lane, deque()).appendleft(lease)
             self._events.append((trial, kind, dict(values)))
 
@@ -190,12 +195,8 @@ class Desk:
         return {lane: count + held[lane] for lane, count in self.waiting().items()}
 
     def sample(self, lane: str) -> dict[str, Any]:
-        """The config of a trial that queues in a lane, for what all of the lane have in common.
-
-        Raises:
-            LookupError: none does.
-        """
-        return self._queues[lane][0].run
+        """The config of a trial of a lane, for what all of the lane have in common; it need not queue any more."""
+        return self._samples[lane]
 
     def broken(self, lane: str) -> str | None:
         """Why no pack can take the trials of a lane, if none can."""

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from orchestrator.data.batch import Batch
 from orchestrator.delta import check_base
 from orchestrator.errors import ConfigError, MethodError
 from orchestrator.methods import head_parameters, method_of
-from orchestrator.train.checkpoint import Restored, read_checkpoint
+from orchestrator.train.checkpoint import Restored
 from orchestrator.train.classify import Classifier
 from orchestrator.train.fill import fill_slot, importance_of
 from orchestrator.train.loss import plain_loss
@@ -115,7 +114,8 @@ class Door:
         if restored:
             check_base(restored.delta.manifest, self.ground.origin.identity)
         measure = importance_of(self.ground, run, data, slot)
-        knobs = fill_slot(bank, slot, run, data.task, restored, None, measure)
+        # Where one rank alone lacks the memory, the others are not to wait for it in what follows.
+        knobs = engine.agree(lambda: fill_slot(bank, slot, run, data.task, restored, None, measure))
         engine.broadcast(list(bank.windows(slot).values()), rank=0)  # singular vectors may differ between machines
         self.stepper.rows[slot] = Rows(run.data.length, run.data.packing and self.found.packs)
         train = run.train.model_copy(update={"lr": run.lr})
@@ -157,10 +157,6 @@ class Door:
         latency = self._forward_seconds(slot) - self._bare
         engine.forget_order()
         return {"parameters": trained - head, "memory": held + 3 * 4 * trained, "latency": max(0.0, latency)}
-
-    def read(self, folder: Path | None, name: str) -> Restored | None:
-        """A trial's checkpoint."""
-        return read_checkpoint(folder, name) if folder else None
 
     def _check(self, run: Run) -> None:
         method, base = method_of(run.method), self.run.base

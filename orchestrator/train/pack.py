@@ -13,6 +13,7 @@ from orchestrator.base import load_tokenizer
 from orchestrator.config import Classification, Lora, Run
 from orchestrator.data import Sample
 from orchestrator.errors import CheckpointError, MantaError, OutOfMemoryError
+from orchestrator.train.checkpoint import Restored, read_checkpoint
 from orchestrator.train.classify import Classifier, evaluator
 from orchestrator.train.desk import Lease, Orders
 from orchestrator.train.loss import causal_lm_loss, plain_loss
@@ -176,8 +177,7 @@ class Pack:
         member, cost, problem = None, {}, None
         try:
             run, data = self.door.prepare(lease.run)
-            with self.reporter.restored(lease.trial) as folder:
-                restored = self.engine.agree(partial(self.door.read, folder, run.name))
+            restored = self.engine.agree(partial(self._restored, lease.trial, run.name))
             member = self.door.admit(lease.trial, slot, run, data, restored)
             cost = self.door.cost(member)
         except torch.AcceleratorError:
@@ -193,8 +193,14 @@ class Pack:
         self.members[lease.trial] = member
         course = member.course
         self._tell(lease.trial, "joined", {"step": course.step, "total": course.total, **cost})
+        if (best := member.standing.best).step:  # of a checkpoint; the word on it may have been lost with a driver
+            self._tell(lease.trial, "eval", {**best.metrics, "step": best.step, "best_step": best.step})
         if member.why:
             self._end(member, member.why)
+
+    def _restored(self, trial: str, name: str) -> Restored | None:
+        with self.reporter.restored(trial) as folder:
+            return read_checkpoint(folder, name) if folder else None
 
     def _refuse(self, lease: Lease, slot: int, code: int, problem: Exception | None) -> None:
         self.door.dismiss(slot)
@@ -209,7 +215,7 @@ class Pack:
 
     def _end(self, member: Member, why: str, reason: str | None = None) -> None:
         """A trial is done: its checkpoint stays, its slot is free."""
-        if why != "failed" and member.saved_at != member.course.step and not self._save(member):
+        if why != "failed" and not self._save(member):
             why, reason = "failed", "its last checkpoint cannot be written"
         standing = member.standing
         values = {
@@ -228,6 +234,8 @@ class Pack:
 
     def _save(self, member: Member) -> bool:
         """Whether it was kept, on every rank; where not, the one before it is still there."""
+        if member.saved_at == member.course.step:
+            return True  # written anew, it would be torn for a moment
         failed = 0
         if self.engine.rank == 0:
             try:
@@ -307,7 +315,8 @@ class Pack:
         try:
             found = self._within_memory(partial(self.evaluate, held_out))
         except OutOfMemoryError as e:
-            self._shrink(len(self.members) - 1, str(e))
+            if self.engine.ranks == 1:  # of several, the rank that lacked memory has told it
+                self._shrink(len(self.members) - 1, str(e))
             raise
         for slot, member in due.items():
             member.standing.note(found[slot], member.course.step, partial(self.ground.bank.tensors, slot))
