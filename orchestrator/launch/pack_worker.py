@@ -1,6 +1,5 @@
 """What Ray Train calls on each rank of a pack."""
 
-import os
 from typing import Any
 
 import ray
@@ -27,22 +26,10 @@ def pack_worker(config: dict[str, Any]) -> None:
 
 
 def _work(config: dict[str, Any]) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    from ray.train.torch import get_device
-
+    from orchestrator.launch.place import place_of  # torch, late
     from orchestrator.train.pack import Limits, pack
-    from orchestrator.train.setup import Place
 
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
-    context = ray.train.get_context()
-    place = Place(
-        rank=context.get_world_rank(),
-        ranks=context.get_world_size(),
-        local_ranks=context.get_local_world_size(),
-        device=get_device(),
-    )
+    place = place_of(config["threads"])
     desk, name = config["desk"], config["pack"]
     if place.rank == 0:
         ray.get(desk.hello.remote(name, config["lane"]))

@@ -3,11 +3,10 @@
 import logging
 import secrets
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from orchestrator.launch.cluster import (
     worker_env,
 )
 from orchestrator.launch.mailbox import open_mailbox
+from orchestrator.launch.signals import on_signal
 from orchestrator.launch.storage import as_checkpoint, is_full, rescue
 from orchestrator.launch.worker import train_worker
 from orchestrator.registry import Registry, TrackedRun, Version, check_alias, check_name
@@ -197,7 +197,7 @@ def _fit(
     )
     last: dict[str, Any] = {}
     try:
-        with _drained(mailbox, tracked, listen, last), _signals(mailbox):
+        with _drained(mailbox, tracked, listen, last), on_signal(mailbox.stop.remote):
             result = trainer.fit()
     except MantaError:
         raise
@@ -303,26 +303,6 @@ def _drained(mailbox: Any, tracked: TrackedRun, listen: Listener, last: dict[str
     finally:
         ended.set()
         thread.join(timeout=60)
-
-
-@contextmanager
-def _signals(mailbox: Any) -> Iterator[None]:
-    """SIGTERM and SIGINT: the workers write a checkpoint and stop; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        mailbox.stop.remote(f"stopped by {signal.Signals(number).name}")
-
-    with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        yield
 
 
 def finish(tracked: TrackedRun, status: str) -> None:

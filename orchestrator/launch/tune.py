@@ -4,12 +4,9 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from orchestrator.launch.cluster import absolute_paths, join, require, restore_e
 from orchestrator.launch.desk import open_desk
 from orchestrator.launch.pool import Pool, Shape
 from orchestrator.launch.scribe import Scribe, StudyListener
+from orchestrator.launch.signals import on_signal
 from orchestrator.launch.train import finish, reason_of, storage_of
 from orchestrator.launch.trial_store import TrialStore
 from orchestrator.launch.tuner import build_tuner
@@ -165,7 +163,7 @@ def _search(
     trials = min((n for n in (search.budget.trials, points) if n is not None), default=None)
     if lines:
         scribe.note("resumed", {})
-    with scribe.writing(), pool.running(), _signals(desk):
+    with scribe.writing(), pool.running(), on_signal(desk.park.remote):
         for _ in range(_ATTEMPTS):
             with tempfile.TemporaryDirectory(prefix="manta-tune-") as temp:
                 build_tuner(search, desk, known=known, trials=trials, at_once=shape.at_once, folder=Path(temp)).fit()
@@ -252,23 +250,3 @@ def _register(search: Search, record: Record, registry: Registry, study: Study, 
             f"manta tune --resume {record.id}"
         ) from e
     return version
-
-
-@contextmanager
-def _signals(desk: Any) -> Iterator[None]:
-    """SIGTERM and SIGINT: the packs write checkpoints and stop; a second one ends at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[int] = []
-
-    def stop(number: int, _: Any) -> None:
-        if seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-        desk.park.remote(f"stopped by {signal.Signals(number).name}")
-
-    with ExitStack() as stack:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            stack.callback(signal.signal, number, signal.signal(number, stop))
-        yield

@@ -1,6 +1,5 @@
 """What Ray Train calls on each rank."""
 
-import os
 import shutil
 import tempfile
 import time
@@ -118,22 +117,10 @@ def train_worker(config: dict[str, Any]) -> None:
 
 
 def _work(config: dict[str, Any], mailbox: Any) -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    from ray.train.torch import get_device
-
-    from orchestrator.train.setup import Place
+    from orchestrator.launch.place import place_of  # torch, late
     from orchestrator.train.worker import work
 
-    if config["threads"]:
-        torch.set_num_threads(config["threads"])
-    context = ray.train.get_context()
-    place = Place(
-        rank=context.get_world_rank(),
-        ranks=context.get_world_size(),
-        local_ranks=context.get_local_world_size(),
-        device=get_device(),
-    )
+    place = place_of(config["threads"])
     reporter = RayReporter(mailbox, config["rescued"])
     reporter.event("started", {"ranks": place.ranks, "device": str(place.device), "at": time.time()})
     with tempfile.TemporaryDirectory(prefix="manta-start-") as folder:
