@@ -41,7 +41,7 @@ from orchestrator.methods import Bank
 from orchestrator.plan import plan
 from orchestrator.plan_device import Device, find_device, read_bytes
 from orchestrator.plan_show import show_plan
-from orchestrator.search.size import pack_slots, size_pack
+from orchestrator.search.size import size_pack
 from orchestrator.train.devices import GPUS, find_gpu
 from orchestrator.train.engine import Engine
 from orchestrator.train.estimate import Estimator, Shape
@@ -238,13 +238,13 @@ def search(folder: str, **more: Any) -> Search:
 
 def test_a_pack_is_as_large_as_memory_allows(folder):
     one = search(folder, budget=64)
-    sizes = [pack_slots(one, round(gib * GIB)) for gib in (0.7, 0.75, 4)]
+    sizes = [size_pack(one, round(gib * GIB)).slots for gib in (0.7, 0.75, 4)]
     assert 1 <= sizes[0] < sizes[1] < sizes[2] == 64
-    assert pack_slots(search(folder, budget=5), 4 * GIB) == 5
+    assert size_pack(search(folder, budget=5), 4 * GIB).slots == 5
     found = size_pack(one, round(0.75 * GIB))
     assert found.memory.needed <= 0.75 * GIB
     assert found.dearest.rank == 64, "the high end of the prior"
-    assert pack_slots(one, round(0.75 * GIB), methods=[Lora(rank=4)]) > sizes[1]
+    assert size_pack(one, round(0.75 * GIB), methods=[Lora(rank=4)]).slots > sizes[1]
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_the_predicted_pack_is_what_a_rehearsal_of_all_its_slots_says(folder):
 
 def test_no_room_for_one_trial_is_refused(folder):
     with pytest.raises(OutOfMemoryError, match=r"a pack of one lora trial .* GiB are there"):
-        pack_slots(search(folder), round(0.4 * GIB))
+        size_pack(search(folder), round(0.4 * GIB))
 
 
 # ---- devices

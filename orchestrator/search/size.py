@@ -40,19 +40,6 @@ class Pack:
     """Of a device, with all slots in use."""
 
 
-def pack_slots(
-    search: Search,
-    device_memory: int,
-    *,
-    gpu: bool = True,
-    ranks: int = 1,
-    stage: int = 0,
-    methods: Sequence[Method] | None = None,
-) -> int:
-    """Slots of a pack; see ``size_pack``."""
-    return size_pack(search, device_memory, gpu=gpu, ranks=ranks, stage=stage, methods=methods).slots
-
-
 def size_pack(
     search: Search,
     device_memory: int,
